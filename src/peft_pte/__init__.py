@@ -1,0 +1,26 @@
+"""Progressive Thought Encoding (arXiv 2602.16839) as a method of Hugging Face peft.
+
+Importing this package registers the method with peft and patches nothing else.
+"""
+
+from peft.utils import register_peft_method
+
+from ._peft_type import PTE
+from .cache import PTECache
+from .config import PTEConfig
+from .model import PTEModel
+
+__all__ = ["PTECache", "PTEConfig", "PTEModel", "__version__"]
+
+__version__ = "0.1.0"
+
+
+def _register() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    # A reload of the package finds itself registered.
+    if PTE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="pte", config_cls=PTEConfig, model_cls=PTEModel)
+
+
+_register()

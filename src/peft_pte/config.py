@@ -1,0 +1,261 @@
+"""`PTEConfig`: every choice of the method, validated where it is made."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from ._peft_type import PTE
+
+EVICTION_POLICIES = ("sliding_window", "key_diff")
+STATE_UPDATES = ("progressive", "frozen", "off")
+ENCODER_ATTENTIONS = ("linear", "softmax")
+KEY_ROTATIONS = ("removed", "kept")
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+MIN_CACHE_WINDOW = 4
+
+_CARD_USAGE = """
+## How to load this adapter
+
+This adapter was trained with [Progressive Thought Encoding](https://huggingface.co/papers/2602.16839). Its method is
+registered with peft by the package `peft-pte`, which has to be imported before peft reads the adapter:
+
+```python
+import peft_pte  # registers the method with peft
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
+```
+"""
+
+
+@dataclass
+class PTEConfig(PeftConfig):
+    """Configuration of Progressive Thought Encoding (arXiv 2602.16839).
+
+    A causal LM decodes with a KV cache of ``P + cache_window`` slots. Thought tokens that leave it are encoded, layer
+    by layer, into a state ``S [Q, R]`` per sequence, and the adapted linears read it: ``y = W x + scale A S B x``.
+
+    Args:
+        r: Rank ``R`` of the adapters and columns of the state.
+        target_modules: Linear layers to adapt, as in LoRA (names, suffixes, a regex, or ``"all-linear"``). ``None``
+            means every linear layer of the decoder blocks, attention and MLP. The output head cannot be adapted.
+        exclude_modules: Linear layers to leave alone, as in LoRA.
+        alpha: Numerator of ``scale``, LoRA's ``lora_alpha``. ``None`` means twice the rank.
+        dropout: Dropout on the input of the adapters while training. Above zero, rollout and scoring use different
+            weights, so importance ratios are no longer 1; a warning says so.
+        fan_in_fan_out: Set by itself for GPT-2's ``Conv1D``; as in LoRA.
+        use_rslora: ``scale = alpha / sqrt(r)`` instead of ``alpha / r``.
+        init_weights: ``True``: the adapter starts as the identity (``pte_up`` is zero). ``False``: it does not, for
+            tests.
+        layers_to_transform: Indices of the decoder layers to adapt, as in LoRA.
+        layers_pattern: Name of the ``nn.ModuleList`` of decoder layers, as in LoRA.
+        rank_pattern: Rank by module name or regex, as in LoRA. A linear of rank ``r' < R`` reads the first ``r'``
+            columns of its layer's state; the state of a layer is as wide as the largest rank in it.
+        alpha_pattern: ``alpha`` by module name or regex, as in LoRA.
+        modules_to_save: Modules to train and save in full, as in LoRA.
+        cache_window: Thought tokens ``W`` the cache holds, in tokens. ``None`` means an unbounded cache: the same
+            adapter, reading ``S0`` for ever.
+        evict_ratio: Share of the window that leaves it at an eviction (paper: 0.25).
+        eviction: Which thoughts leave: ``"sliding_window"`` (the oldest) or ``"key_diff"`` (per head, the keys most
+            like the average key; arXiv 2504.15364).
+        num_global_tokens: Rows ``Q`` of the state, learned tokens that ask the questions (paper: 32). ``0`` starts
+            from an empty state and keeps one learned query per rank.
+        encoder_attention: ``"linear"`` (the paper's ``S' = (W_Q h_g)(W_K K)^T (W_V V)``) or ``"softmax"``.
+        update_gain: Factor on ``S'`` before it is added to the state.
+        state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
+            ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
+        key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
+        backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
+            ``False``: they are detached where a segment ends; the gradient still flows through the states.
+        impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. A choice of the machine, not of the
+            adapter: it is not saved.
+
+    Raises:
+        ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
+            a remedy.
+        TypeError: A field has the wrong type.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of the adapters and columns of the thought state."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Linear layers to adapt; None: all linear layers of the decoder blocks."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to leave alone."})
+    alpha: float | None = field(default=None, metadata={"help": "Numerator of the scale; None: twice the rank."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapters."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored as (fan_in, fan_out)."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Decoder layers to adapt; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the ModuleList that holds the decoder layers."}
+    )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by module name or regex."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alpha by module name or regex."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules, apart from adapters, to train and save in full."}
+    )
+    cache_window: int | None = field(
+        default=1024, metadata={"help": "Thought tokens the cache holds; None: unbounded."}
+    )
+    evict_ratio: float = field(default=0.25, metadata={"help": "Share of the window that leaves at an eviction."})
+    eviction: Literal["sliding_window", "key_diff"] = field(
+        default="sliding_window", metadata={"help": "Which thoughts leave the window."}
+    )
+    num_global_tokens: int = field(default=32, metadata={"help": "Rows of the thought state; 0: no global start."})
+    encoder_attention: Literal["linear", "softmax"] = field(
+        default="linear", metadata={"help": "Attention of the encoder over the evicted tokens."}
+    )
+    update_gain: float = field(default=0.3, metadata={"help": "Factor on an update of the state."})
+    state_update: Literal["progressive", "frozen", "off"] = field(
+        default="progressive", metadata={"help": "progressive: PTE; frozen: Global-Only; off: LoRA_c."}
+    )
+    key_rotation: Literal["removed", "kept"] = field(
+        default="removed", metadata={"help": "Whether the encoder reads keys without their rotary rotation."}
+    )
+    backprop_through_cache: bool = field(
+        default=True, metadata={"help": "Whether gradients flow through cached keys and values."}
+    )
+    impl: Literal["auto", "reference", "triton"] = field(
+        default="auto", metadata={"help": "Who computes the kernels; not saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PTE
+        self._check_numbers()
+        self._check_choices()
+        self._check_targets()
+
+    def _check_numbers(self) -> None:
+        _require_int("r", self.r, 1, "Use r=32 as in the paper")
+        _require_int("num_global_tokens", self.num_global_tokens, 0, "Use 32 as in the paper, or 0 for no global start")
+        if self.cache_window is not None:
+            _require_int(
+                "cache_window",
+                self.cache_window,
+                MIN_CACHE_WINDOW,
+                "Use a larger window, or cache_window=None for an unbounded cache",
+            )
+        if not 0.0 < self.evict_ratio <= 1.0:
+            raise ValueError(
+                f"`evict_ratio` must be above 0 and at most 1, got {self.evict_ratio}. Use evict_ratio=0.25 as in the "
+                "paper."
+            )
+        if not (math.isfinite(self.update_gain) and self.update_gain > 0.0):
+            raise ValueError(
+                f"`update_gain` must be a positive number, got {self.update_gain}. To keep the state from changing, "
+                'use state_update="frozen".'
+            )
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0.0):
+            raise ValueError(f"`alpha` must be a positive number or None (twice the rank), got {self.alpha}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout}. Use dropout=0.0.")
+        if self.dropout > 0.0:
+            warnings.warn(
+                f"`dropout` is {self.dropout}: generation runs without it and scoring with it, so the log-probs of a "
+                "rollout and of its replay differ and importance ratios are not 1. Use dropout=0.0 for RL.",
+                UserWarning,
+                stacklevel=4,
+            )
+        for pattern, rank in self.rank_pattern.items():
+            _require_int(f"rank_pattern[{pattern!r}]", rank, 1, "Use a positive rank")
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("eviction", EVICTION_POLICIES),
+            ("encoder_attention", ENCODER_ATTENTIONS),
+            ("state_update", STATE_UPDATES),
+            ("key_rotation", KEY_ROTATIONS),
+            ("impl", IMPLEMENTATIONS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                options = ", ".join(repr(option) for option in allowed)
+                raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+        if self.state_update == "off" and self.num_global_tokens == 0:
+            raise ValueError(
+                '`num_global_tokens` must be at least 1 with state_update="off", got 0: the state is then the '
+                "identity, which needs rows. Use num_global_tokens=r for plain LoRA under the bounded cache."
+            )
+
+    def _check_targets(self) -> None:
+        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
+        if isinstance(self.target_modules, set):
+            heads = sorted(name for name in self.target_modules if name.rpartition(".")[2] == "lm_head")
+            if heads:
+                raise ValueError(
+                    f"`target_modules` must not name the output head, got {heads[0]!r}: trainers score through its "
+                    "weight directly and would ignore the adapter. Remove it, or train it in full with "
+                    "modules_to_save=['lm_head']."
+                )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` must be None when `target_modules` is a string, got "
+                f"{self.layers_to_transform}. Write the layers into the regex, or give a list of names."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"`layers_pattern` needs `layers_to_transform`, got layers_pattern={self.layers_pattern!r} alone. "
+                "Name the layers, or leave both out."
+            )
+
+    @property
+    def num_queries(self) -> int:
+        """Rows ``Q`` of the state: the global tokens, or one learned query per rank without them."""
+        return self.num_global_tokens or self.r
+
+    @property
+    def tokens_per_eviction(self) -> int:
+        """``m = max(1, floor(evict_ratio * W))``, thought tokens that leave together.
+
+        Raises:
+            ValueError: The cache is unbounded.
+        """
+        if self.cache_window is None:
+            raise ValueError("`cache_window` must be a number of tokens for an eviction to happen, got None.")
+        return max(1, math.floor(self.evict_ratio * self.cache_window))
+
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """The factor on an adapter of ``rank``; ``alpha`` overrides the config's (``alpha_pattern``)."""
+        numerator = alpha if alpha is not None else self.alpha
+        numerator = 2.0 * rank if numerator is None else numerator
+        return numerator / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that belong to the adapter; ``impl`` belongs to the machine and is left out."""
+        fields = super().to_dict()
+        fields.pop("impl", None)
+        return fields
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as peft does, and tell the model card beside it how to load a method that peft does not ship."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = os.path.join(save_directory, "README.md")
+        if not os.path.isfile(card):
+            return
+        with open(card, encoding="utf-8") as file:
+            text = file.read()
+        if "import peft_pte" not in text:
+            with open(card, "w", encoding="utf-8") as file:
+                file.write(text.rstrip("\n") + "\n" + _CARD_USAGE)
+
+
+def _require_int(name: str, value: Any, least: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}. {remedy}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}. {remedy}.")

@@ -1,0 +1,167 @@
+"""`PTEEncoder`: the cross-attention that turns what a layer evicts into its thought state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import PTEConfig
+from .layer import PTELayer, float_dtype
+from .ops import encode
+from .rotary import Rotation
+from .shapes import InitialState, checked
+from .state import Evicted
+
+CHILD_NAME = "thought_encoder"
+"""Where an encoder hangs on its attention layer; the name does not appear in checkpoints."""
+
+
+class GlobalTokens(nn.Module):
+    """Learned tokens ``h_g [Q, D]``."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, width))
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What an adapter's config says to its encoders."""
+
+    rank: int
+    num_queries: int
+    empty_start: bool
+    state_update: str
+    attention: str
+    gain: float
+    rotation_removed: bool
+    impl: str
+
+
+class PTEEncoder(nn.Module, PTELayer):
+    """One layer's encoder: ``S0 = Norm(enc(h_g, h_g))``, then ``S <- Norm(S + gain * enc(K_e, V_e))``.
+
+    A child of the attention layer it reads. ``rotation`` is that layer's rotary code, ``None`` if it rotates no keys.
+    """
+
+    adapter_layer_names = ("pte_global_tokens", "pte_query", "pte_key", "pte_value")
+    other_param_names = ("settings",)
+    # peft asks tuner layers for the bias of the layer they wrap; an encoder wraps none.
+    bias = None
+
+    def __init__(self, attention: nn.Module, width: int, rotation: Rotation | None) -> None:
+        super().__init__()
+        self.width = width
+        # In a tuple, so that neither becomes a submodule of this one.
+        self._outside = (attention, rotation)
+        self.settings: dict[str, EncoderSettings] = {}
+        self.pte_global_tokens = nn.ModuleDict()
+        self.pte_query = nn.ModuleDict()
+        self.pte_key = nn.ModuleDict()
+        self.pte_value = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the attention layer beside this encoder: it tells where the encoder belongs."""
+        return next(self._outside[0].parameters())
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotary code of the attention layer beside this encoder."""
+        return self._outside[1]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.settings)
+
+    def update_layer(self, adapter_name: str, config: PTEConfig, rank: int) -> None:
+        """Add (or replace) the encoder of ``adapter_name`` with states of ``rank`` columns."""
+        self.settings[adapter_name] = EncoderSettings(
+            rank=rank,
+            num_queries=config.num_queries,
+            empty_start=config.num_global_tokens == 0,
+            state_update=config.state_update,
+            attention=config.encoder_attention,
+            gain=config.update_gain,
+            rotation_removed=config.key_rotation == "removed",
+            impl=config.impl,
+        )
+        if config.state_update == "off":
+            return
+        self.pte_global_tokens[adapter_name] = GlobalTokens(config.num_queries, self.width)
+        for projection in (self.pte_query, self.pte_key, self.pte_value):
+            projection[adapter_name] = nn.Linear(self.width, rank, bias=False)
+        self.reset_parameters(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def reset_parameters(self, adapter_name: str) -> None:
+        """Unit-variance global tokens, Kaiming-uniform projections."""
+        nn.init.normal_(self.pte_global_tokens[adapter_name].weight)
+        for projection in (self.pte_query, self.pte_key, self.pte_value):
+            nn.init.kaiming_uniform_(projection[adapter_name].weight, a=math.sqrt(5))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.pte_query:
+            return
+        beside = self.weight
+        dtype = beside.dtype if beside.is_floating_point() else None
+        for name in self.adapter_layer_names:
+            module = getattr(self, name)[adapter_name]
+            if not any(parameter.device.type == "meta" for parameter in module.parameters()):
+                module.to(device=device or beside.device, dtype=dtype)
+
+    @checked
+    def initial_state(self, adapter_name: str) -> InitialState:
+        """``S0 [Q, R]``: what every sequence starts with (paper section 3.2; the identity for ``"off"``)."""
+        settings = self.settings[adapter_name]
+        if settings.state_update == "off":
+            weight = self.weight
+            return torch.eye(settings.num_queries, settings.rank, dtype=float_dtype(weight), device=weight.device)
+        tokens = self.pte_global_tokens[adapter_name].weight
+        empty = tokens.new_zeros(1, settings.num_queries, settings.rank, dtype=float_dtype(tokens))
+        start = self._encode(adapter_name, empty, tokens[None], tokens[None], None)[0]
+        # Times zero rather than zeros, so that DDP finds every weight in the graph of a call without an eviction.
+        return start * 0.0 if settings.empty_start else start
+
+    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted) -> Tensor:
+        """``S [B, Q, R]`` after an eviction; the state itself where it is not updated."""
+        settings = self.settings[adapter_name]
+        if settings.state_update != "progressive":
+            return state
+        keys, values = evicted.keys.to(state.dtype), evicted.values.to(state.dtype)
+        if settings.rotation_removed and self.rotation is not None:
+            keys = self.rotation.remove(keys, evicted.positions)
+        valid = None
+        if evicted.valid is not None:
+            mask = evicted.valid[..., None]
+            keys, values = torch.where(mask, keys, 0.0), torch.where(mask, values, 0.0)
+            valid = evicted.valid.any(dim=1)
+        return self._encode(adapter_name, state, _flatten_heads(keys), _flatten_heads(values), valid)
+
+    def _encode(
+        self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        settings = self.settings[adapter_name]
+        tokens = self.pte_global_tokens[adapter_name].weight.to(state.dtype)
+        with torch.autocast(state.device.type, enabled=False):
+            query = nn.functional.linear(tokens, self.pte_query[adapter_name].weight.to(state.dtype))
+        return encode(
+            state,
+            query,
+            keys,
+            values,
+            self.pte_key[adapter_name].weight,
+            self.pte_value[adapter_name].weight,
+            valid,
+            gain=settings.gain,
+            attention=settings.attention,
+            impl=settings.impl,
+        )
+
+
+def _flatten_heads(heads: Tensor) -> Tensor:
+    """``[B, G, E, head_dim] -> [B, E, D]``."""
+    return heads.transpose(1, 2).flatten(start_dim=2)

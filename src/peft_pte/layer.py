@@ -1,0 +1,157 @@
+"""`PTELinear`: a linear layer that reads the thought state, ``y = W x + scale * A (S (B x))``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import PTEConfig
+from .ops import delta, resolve_impl
+from .state import read_state
+
+MERGE_REFUSED = (
+    "A PTE adapter cannot be merged: its weight `dW = A S B` is different for every sequence and changes while the "
+    "sequence is decoded, so no single weight equals it. Keep the adapter beside the model and decode with "
+    "`model.generate`. (TRL merges to feed vLLM: train with use_vllm=False.)"
+)
+
+
+class PTELayer(BaseTunerLayer):
+    """What adapted linears and encoders have in common."""
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ValueError: More than one adapter is named.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"At most one PTE adapter can be active, got {names}: each reads a thought state of its own, and a cache "
+                "holds one. Activate them one at a time."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def current_adapter(self) -> str | None:
+        """The adapter in use, or ``None`` while adapters are disabled or this layer lacks the active one."""
+        if self.disable_adapters:
+            return None
+        available = self._get_available_adapters()
+        return next((name for name in self.active_adapters if name in available), None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a dynamic weight has no merged form."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing can have been merged."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+
+class PTELinear(nn.Module, PTELayer):
+    """An ``nn.Linear`` or ``Conv1D`` with PTE adapters."""
+
+    adapter_layer_names = ("pte_down", "pte_up")
+    other_param_names = ("r", "scale", "dropout", "impl")
+
+    def __init__(self, base_layer: nn.Module, layer_index: int, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_index = layer_index
+        self.name = name
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.r: dict[str, int] = {}
+        self.scale: dict[str, float] = {}
+        self.impl: dict[str, str] = {}
+        self.dropout = nn.ModuleDict()
+        self.pte_down = nn.ModuleDict()
+        self.pte_up = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: PTEConfig, rank: int, alpha: float | None) -> None:
+        """Add (or replace) the adapter ``adapter_name`` of ``rank``; ``alpha`` overrides the config's."""
+        self.r[adapter_name] = rank
+        self.scale[adapter_name] = config.scale(rank, alpha)
+        self.impl[adapter_name] = config.impl
+        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.pte_down[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
+        self.pte_up[adapter_name] = nn.Linear(config.num_queries, self.out_features, bias=False)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def reset_parameters(self, adapter_name: str, identity: bool) -> None:
+        """Kaiming-uniform ``pte_down``; zeros in ``pte_up`` where ``identity``, Kaiming-uniform too where not."""
+        nn.init.kaiming_uniform_(self.pte_down[adapter_name].weight, a=math.sqrt(5))
+        if identity:
+            nn.init.zeros_(self.pte_up[adapter_name].weight)
+        else:
+            nn.init.kaiming_uniform_(self.pte_up[adapter_name].weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[B, T, in] -> [B, T, out]``; the base layer alone while no adapter is in use."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        adapter = self.current_adapter()
+        if adapter is None:
+            return result
+        state = self._state_for(x, adapter)
+        down, up = self.pte_down[adapter].weight, self.pte_up[adapter].weight
+        hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
+        update = delta(
+            hidden if hidden.ndim == 3 else hidden[:, None],
+            down,
+            state,
+            up,
+            scale=self.scale[adapter],
+            impl=self.impl[adapter],
+        )
+        return result + update.reshape(result.shape).to(result.dtype)
+
+    def _state_for(self, x: Tensor, adapter: str) -> Tensor:
+        state = read_state(self.layer_index)[..., : self.r[adapter]]
+        if x.ndim in (2, 3) and x.shape[0] == state.shape[0]:
+            return state
+        raise ValueError(
+            f"`{self.name}` got an input of shape {tuple(x.shape)} for {state.shape[0]} sequences: its rows cannot be "
+            "told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
+            f"[{self.name.rpartition('.')[2]!r}]."
+        )
+
+    def resolved_impl(self, adapter_name: str) -> str:
+        """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""
+        return resolve_impl(self.impl[adapter_name], self.pte_down[adapter_name].weight.device)
+
+    def __repr__(self) -> str:
+        return "pte." + super().__repr__()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a PTE adapter can sit on ``module``."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a linear layer.
+
+    Raises:
+        TypeError: ``module`` is no linear layer that can be adapted.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        inner, outer = module.weight.shape
+        return inner, outer
+    raise TypeError(
+        f"`target_modules` must name nn.Linear or transformers' Conv1D layers, got {type(module).__name__}. Leave it out "
+        "with `exclude_modules`."
+    )
+
+
+def float_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype states are kept in beside ``parameter``: float64 for float64, float32 for all else."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -1,0 +1,178 @@
+"""`PTEModel`: the tuner that peft builds for a `PTEConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import PTECache
+from .checkpoints import check_adapter_state_dict
+from .config import PTEConfig
+from .encoder import CHILD_NAME, PTEEncoder
+from .layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features
+from .seam import Seam
+from .sites import Site, check_config, default_targets, site_of
+
+MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
+
+
+class PTEModel(BaseTuner):
+    """Progressive Thought Encoding (arXiv 2602.16839) on a causal LM of transformers.
+
+    Made by ``get_peft_model(model, PTEConfig(...))``. Adds adapters to linear layers, an encoder to every attention
+    layer beside them, and a seam to the model (:mod:`peft_pte.seam`), so that ``model.generate`` runs under the bounded
+    cache and ``model(input_ids, attention_mask, labels=...)`` scores what it generated.
+
+    Args:
+        model: A decoder-only ``PreTrainedModel``.
+        peft_config: Configuration, or configurations by adapter name.
+        adapter_name: Name of the first adapter.
+
+    Raises:
+        TypeError: ``model`` is no ``PreTrainedModel``, or a target is no linear layer.
+        NotImplementedError: The architecture or the combination is refused; the message says what to do instead.
+        ValueError: A target lies outside the decoder layers.
+    """
+
+    prefix = "pte_"
+    tuner_layer_cls = PTELayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model itself, hooks and all: they tell the seam where prompts end."""
+        return self.model(*args, **kwargs)
+
+    def new_cache(self, adapter_name: str | None = None) -> PTECache:
+        """An empty cache for ``adapter_name`` (default: the active adapter)."""
+        name = adapter_name or self.active_adapters[0]
+        return PTECache(self.model.config.get_text_config(decoder=True), self.peft_config[name])
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as peft does, then add the encoders of the layers that got adapters."""
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"PTE adapts transformers' causal LMs, whose cache it bounds; got {type(model).__name__}. Pass a "
+                "PreTrainedModel."
+            )
+        config: PTEConfig = self.peft_config[adapter_name]
+        # Before the first adapted layer stands in the way of the probes.
+        seam = Seam.of(model) or Seam(model)
+        try:
+            check_config(model, seam.sites, config)
+            PTECache(seam.text_config, config)
+            self._ranks: dict[int, int] = {}
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))
+        except BaseException:
+            if not any(isinstance(module, PTELayer) for module in model.modules()):
+                seam.remove()
+            raise
+        known = model.model_tags or []
+        model.add_model_tags([tag for tag in MODEL_TAGS if tag not in known])
+
+    def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict[str, Any]) -> PTEConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model, Seam.of(self.model).sites)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PTEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        sites = Seam.of(self.model).sites
+        if any(target is site.attention for site in sites.values()):
+            return  # peft injects by the keys of a checkpoint, and encoders have keys too; they are added afterwards.
+        site = self._check_target(sites, target, current_key)
+        rank = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, current_key), peft_config.r)
+        alpha = peft_config.alpha_pattern.get(get_pattern_key(peft_config.alpha_pattern, current_key))
+        self._ranks[site.index] = max(rank, self._ranks.get(site.index, 0))
+        if isinstance(target, PTELinear):
+            target.update_layer(adapter_name, peft_config, rank, alpha)
+            self._set_trainable(target, adapter_name, peft_config)
+            return
+        new = PTELinear(target, site.index, current_key)
+        new.update_layer(adapter_name, peft_config, rank, alpha)
+        new.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, new, target)
+
+    def _check_target(self, sites: dict[int, Site], target: nn.Module, name: str) -> Site:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if base is self.model.get_output_embeddings():
+            raise ValueError(
+                f"`target_modules` must not reach the output head, got `{name}`: trainers score through its weight "
+                "directly and would ignore the adapter. Exclude it, or train it with modules_to_save."
+            )
+        if not is_linear(base):
+            linear_features(base)
+        site = site_of(sites, name)
+        if site is None:
+            raise ValueError(
+                f"`target_modules` must lie inside the decoder layers, whose state they read; got `{name}`. Exclude it "
+                "with `exclude_modules`."
+            )
+        return site
+
+    def _inject_encoders(self, seam: Seam, config: PTEConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        for index, rank in self._ranks.items():
+            site = seam.sites[index]
+            if not hasattr(site.attention, CHILD_NAME):
+                encoder = PTEEncoder(site.attention, site.width, site.rotation)
+                encoder._active_adapter = self.active_adapters
+                site.attention.add_module(CHILD_NAME, encoder)
+            encoder = seam.encoder(index)
+            with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
+                encoder.update_layer(adapter_name, config, rank)
+            self._set_trainable(encoder, adapter_name, config)
+
+    def _set_trainable(self, layer: PTELayer, adapter_name: str, config: PTEConfig) -> None:
+        active = adapter_name in self.active_adapters and not config.inference_mode
+        layer.set_requires_grad(adapter_name, active)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter.
+
+        Raises:
+            ValueError: More than one adapter is named.
+        """
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse: a dynamic weight has no merged form."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unmerge_adapter(self) -> None:
+        """Refuse: nothing can have been merged."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise NotImplementedError(MERGE_REFUSED)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        seam = Seam.of(model)
+        if seam is not None:
+            seam.remove()
+        return model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Checkpoints know encoders as part of their attention layer.
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(f".{CHILD_NAME}.", ".")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PTEConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_state_dict(model, adapter_name, remapped, cls.prefix)
+        return remapped

@@ -1,0 +1,7 @@
+"""The mathematics, each operation as a torch reference and a Triton kernel; equations in ``ops/README.md``."""
+
+from .delta import delta
+from .encode import encode
+from .implementation import resolve_impl
+
+__all__ = ["delta", "encode", "resolve_impl"]

@@ -1,0 +1,60 @@
+"""``encode``: one update of the thought state, whoever computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...shapes import EvictedRows, EvictedValid, Projection, Query, State, checked
+from ..implementation import resolve_impl
+from . import reference
+
+
+@checked
+def encode(
+    state: State,
+    query: Query,
+    keys: EvictedRows,
+    values: EvictedRows,
+    key_projection: Projection,
+    value_projection: Projection,
+    valid: EvictedValid | None = None,
+    *,
+    gain: float = 0.3,
+    attention: str = "linear",
+    impl: str = "auto",
+) -> Tensor:
+    """``S <- Norm(S + gain * enc(K_e, V_e))``, row-wise L2 norm; paper section 3, DESIGN.md section 1.
+
+    Computed in float64 for a float64 ``state`` and in float32 otherwise, outside any autocast.
+
+    Args:
+        state: ``S [B, Q, R]`` before the eviction (zeros for ``S0``).
+        query: ``W_Q h_g [Q, R]``, the same for every sequence.
+        keys: ``K_e [B, E, D]``, evicted keys, heads flattened.
+        values: ``V_e [B, E, D]``, evicted values, heads flattened.
+        key_projection: ``W_K [R, D]``.
+        value_projection: ``W_V [R, D]``.
+        valid: ``[B, E]``, False for padding, which contributes exactly zero. ``None``: all valid.
+        gain: Factor on the update.
+        attention: ``"linear"``: the mean over the valid evicted tokens of ``(q . k / sqrt(R)) v``; ``"softmax"``: the
+            softmax-weighted sum.
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        ``S [B, Q, R]`` after the eviction; rows that are exactly zero stay zero.
+
+    Raises:
+        ValueError: ``attention`` or ``impl`` is none of the above.
+        NotImplementedError: ``impl`` cannot run on the device of ``state``.
+    """
+    if attention not in ("linear", "softmax"):
+        raise ValueError(f"`attention` must be 'linear' or 'softmax', got {attention!r}.")
+    dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+    operands = [operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)]
+    with torch.autocast(state.device.type, enabled=False):
+        if resolve_impl(impl, state.device) == "triton":
+            from .triton import encode_triton
+
+            return encode_triton(*operands, valid, gain, attention)
+        return reference.encode_reference(*operands, valid, gain, attention)

@@ -1,0 +1,54 @@
+"""The update of the thought state in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def encode_reference(
+    state: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor,
+    valid: Tensor | None,
+    gain: float,
+    attention: str,
+) -> Tensor:
+    """``S [B, Q, R]`` after the eviction; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
+    projected_keys = functional.linear(keys, key_projection)
+    projected_values = functional.linear(values, value_projection)
+    scores = torch.matmul(query, projected_keys.mT) / math.sqrt(query.shape[-1])
+    if attention == "softmax":
+        weights = _masked_softmax(scores, valid)
+    else:
+        weights = _masked_mean(scores, valid)
+    return normalize_rows(state + gain * torch.matmul(weights, projected_values))
+
+
+def normalize_rows(state: Tensor) -> Tensor:
+    """Rows of L2 norm 1; a zero row stays zero and passes its gradient on unscaled."""
+    square = state.square().sum(dim=-1, keepdim=True)
+    # Masked before the root: its slope at zero is infinite, and a row may be exactly zero.
+    return state / torch.where(square > 0, square, 1.0).sqrt()
+
+
+def _masked_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return scores / scores.shape[-1]
+    mask = valid[:, None, :]
+    return torch.where(mask, scores, 0.0) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _masked_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return scores.softmax(dim=-1)
+    mask = valid[:, None, :]
+    # A row without any valid token has no softmax; its weights are zero, not 0 / 0.
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return torch.where(mask, weights, 0.0)

@@ -1,0 +1,368 @@
+"""The backbone's forward under the cache policy: one call, run segment by segment.
+
+A segment ends where an eviction is due: ``[prompt] [first W thoughts] [m thoughts] [m thoughts] ...``. Decoding is the
+case of one token per call, so a rollout and its replay run the same code on the same slots, positions and states.
+
+With gradient checkpointing the segment is the unit that is recomputed, evictions and encoding included; memory is then
+one segment's activations and the keys and values of the scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from .cache import PTECache, fingerprint
+from .config import PTEConfig
+from .layout import Layout, PromptSpec, lay_out
+from .state import LayerState, bind
+
+if TYPE_CHECKING:
+    from .seam import Seam
+
+# Inputs with one entry per token, which are cut where a segment ends.
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@dataclass
+class Call:
+    """One call of the backbone, its arguments sorted by what happens to them."""
+
+    tokens: dict[str, Tensor]
+    """Inputs ``[B, N]`` or ``[B, N, hidden]``."""
+    mask: Tensor | None
+    """``[B, seen + N]``, False for padding."""
+    positions: Tensor | None
+    """``[B, N]``, absolute."""
+    cache: PTECache | None
+    use_cache: bool
+    return_dict: bool
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, N)``."""
+        rows = next(iter(self.tokens.values()))
+        return rows.shape[0], rows.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return next(iter(self.tokens.values())).device
+
+
+def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec) -> Any:
+    """The forward of an adapted backbone; what a caller sees is what the backbone itself returns.
+
+    Raises:
+        ValueError: An argument contradicts the cache or the adapter.
+        NotImplementedError: The call asks for what cannot be had under a bounded cache.
+    """
+    config = seam.config(adapter)
+    call = _sort_arguments(seam, arguments)
+    if call.cache is not None:
+        _check_cache(call.cache, config)
+    batch, columns = call.shape
+    fresh = call.cache is None or call.cache.get_seq_length() == 0
+    boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
+    if fresh and call.cache is None and (config.cache_window is None or boundaries is None) and not call.use_cache:
+        output = _run_whole(seam, adapter, call)
+    else:
+        cache = call.cache if call.cache is not None else seam.new_cache(adapter)
+        if config.cache_window is None:
+            output = _run_unbounded(seam, adapter, call, cache)
+        else:
+            output = _run_segments(seam, adapter, call, cache, boundaries)
+        output.past_key_values = cache if call.use_cache else None
+    return output if call.return_dict else output.to_tuple()
+
+
+def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
+    rest = dict(arguments)
+    rest.pop("cache_position", None)
+    if any(rest.get(name) is not None for name in _PACKING):
+        raise NotImplementedError(
+            "Packed sequences cannot be scored under a bounded cache: each row needs its own window and state. Use one "
+            "sequence per row (packing=False, padding_free=False)."
+        )
+    tokens = {name: rest.pop(name) for name in _PER_TOKEN if rest.get(name) is not None}
+    if ("input_ids" in tokens) == ("inputs_embeds" in tokens):
+        raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+    batch, columns = next(iter(tokens.values())).shape[:2]
+    cache = rest.pop("past_key_values", None)
+    mask = rest.pop("attention_mask", None)
+    seen = cache.get_seq_length() if isinstance(cache, PTECache) else 0
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise NotImplementedError(
+                "`attention_mask` must be a 2D padding mask under a bounded cache, which makes its own causal masks; got "
+                f"{type(mask).__name__}{tuple(getattr(mask, 'shape', ()))}."
+            )
+        if mask.shape != (batch, seen + columns):
+            raise ValueError(
+                f"`attention_mask` must cover the {seen} tokens seen and the {columns} new ones, so have shape "
+                f"{(batch, seen + columns)}; got {tuple(mask.shape)}."
+            )
+        mask = mask.bool()
+    positions = rest.pop("position_ids", None)
+    if positions is not None and positions.ndim != 2:
+        raise NotImplementedError(f"`position_ids` must be 2D, got shape {tuple(positions.shape)}.")
+    use_cache = rest.pop("use_cache", None)
+    if use_cache is None:
+        use_cache = bool(getattr(seam.text_config, "use_cache", False))
+    if seam.checkpoints_layers() and torch.is_grad_enabled():
+        use_cache = False
+    return_dict = rest.pop("return_dict", None)
+    return Call(
+        tokens=tokens,
+        mask=mask,
+        positions=None if positions is None else positions.expand(batch, -1),
+        cache=cache,
+        use_cache=use_cache or cache is not None,
+        return_dict=True if return_dict is None else return_dict,
+        rest={name: value for name, value in rest.items() if value is not None},
+    )
+
+
+def _check_cache(cache: Any, config: PTEConfig) -> None:
+    if not isinstance(cache, PTECache):
+        raise TypeError(
+            f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
+            "out in `generate`, or pass PTECache(model.config, pte_config)."
+        )
+    if cache.fingerprint != fingerprint(config):
+        raise ValueError(
+            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
+            f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
+        )
+
+
+def _run_whole(seam: Seam, adapter: str, call: Call) -> ModelOutput:
+    """Without a cache: every token is prompt (or the cache is unbounded), so every adapter reads ``S0``."""
+    state = _Reader(seam, adapter, seam.new_cache(adapter), call.shape[0])
+    positions = _positions(call, 0)
+    with bind(state), _checkpoints_bound(seam, state):
+        return seam.inner(
+            **call.tokens,
+            attention_mask=None if call.mask is None else call.mask.long(),
+            position_ids=positions,
+            use_cache=False,
+            return_dict=True,
+            **call.rest,
+        )
+
+
+def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> ModelOutput:
+    with bind(_Reader(seam, adapter, cache, call.shape[0])), _layers_uncheckpointed(seam):
+        return seam.inner(
+            **call.tokens,
+            attention_mask=None if call.mask is None else call.mask.long(),
+            position_ids=_positions(call, cache.get_seq_length()),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **call.rest,
+        )
+
+
+def _run_segments(
+    seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None
+) -> ModelOutput:
+    seen = cache.get_seq_length()
+    layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
+    positions = _positions(call, seen)
+    if boundaries is not None:
+        _refuse_packed(call.positions)
+        layout = lay_out(boundaries, call.mask, call.shape[1])
+    tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
+    positions = layout.pack(positions)
+    if torch.is_grad_enabled():
+        cache.make_differentiable()
+    recompute = seam.checkpoints_layers() and torch.is_grad_enabled()
+    config = seam.config(adapter)
+    outputs: list[ModelOutput] = []
+    start, before = 0, cache.evictions
+    while start < layout.columns:
+        length, evict = _next_segment(seam, cache, layout, start)
+        valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
+        if cache.prompt_length is None:
+            cache.begin(layout.prompt, valid, call.shape[0], call.device)
+            seam.check_positions(layout.prompt)
+            if length == 0:
+                continue
+        part = slice(start, start + length)
+        segment = partial(
+            _run_segment,
+            seam,
+            adapter,
+            {name: rows[:, part] for name, rows in tokens.items()},
+            positions[:, part],
+            valid,
+            None if layout.mask is None else layout.mask[:, : seen + start + length],
+            evict,
+            call.rest,
+        )
+        if recompute:
+            output, after = checkpoint(lambda s=segment, c=cache: s(c.fork()), use_reentrant=False)
+            cache.adopt(after)
+        else:
+            output, _ = segment(cache)
+        if not config.backprop_through_cache:
+            cache.detach_keys_and_values()
+        outputs.append(output)
+        start += length
+    seam.observe(cache, layout, evicted=cache.evictions > before)
+    return _join(outputs, layout)
+
+
+def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
+    """Tokens of the next segment, and whether an eviction comes first."""
+    if cache.prompt_length is None:
+        return layout.prompt, False
+    evict = cache.room == 0
+    room = cache.tokens_per_eviction if evict else cache.room
+    length = min(room, layout.columns - start)
+    if not seam.rotary:
+        seam.check_positions(cache.get_seq_length() + length)
+    return length, evict
+
+
+def _run_segment(
+    seam: Seam,
+    adapter: str,
+    tokens: dict[str, Tensor],
+    positions: Tensor,
+    valid: Tensor | None,
+    column_mask: Tensor | None,
+    evict: bool,
+    rest: dict[str, Any],
+    cache: PTECache,
+) -> tuple[ModelOutput, PTECache]:
+    if evict:
+        cache.evict(seam.encoded_layers)
+    batch, length = positions.shape
+    writes_prompt = cache.get_seq_length() == 0 and cache.prompt_length != 0
+    mask = seam.attention_mask(cache, positions, valid, column_mask)
+    if not writes_prompt:
+        cache.record(positions, valid)
+    with bind(_Reader(seam, adapter, cache, batch)), _layers_uncheckpointed(seam):
+        output = seam.inner(
+            **tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **rest,
+        )
+    return output, cache
+
+
+class _Reader:
+    """Gives each layer's adapters their state, encoding what the layer lost when they first ask."""
+
+    def __init__(self, seam: Seam, adapter: str, cache: PTECache, batch: int) -> None:
+        self.seam, self.adapter, self.cache, self.batch = seam, adapter, cache, batch
+
+    def __call__(self, layer_index: int) -> Tensor:
+        layer = self.cache.state.layers[layer_index]
+        if layer.value is not None and not layer.pending:
+            return layer.value
+        encoder = self.seam.encoder(layer_index)
+        value = layer.value
+        if value is None:
+            value = encoder.initial_state(self.adapter).expand(self.batch, -1, -1)
+        for evicted in layer.pending:
+            value = encoder(self.adapter, value, evicted)
+        self.cache.state.layers[layer_index] = LayerState(value)
+        return value
+
+
+@contextmanager
+def _layers_uncheckpointed(seam: Seam) -> Iterator[None]:
+    """Within a segment no layer checkpoints itself: transformers would drop the cache to do so."""
+    switched = [module for module in seam.checkpointable if module.gradient_checkpointing]
+    if not (switched and seam.backbone.training):
+        yield
+        return
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def _checkpoints_bound(seam: Seam, read: Callable[[int], Tensor]) -> Iterator[None]:
+    """Layers that checkpoint themselves find their state again when the backward pass recomputes them."""
+    if not seam.checkpoints_layers():
+        yield
+        return
+
+    def rebinding(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def with_state(*inputs: Any, **named: Any) -> Any:
+                with bind(read):
+                    return function(*inputs, **named)
+
+            return original(with_state, *args, **kwargs)
+
+        return run_checkpointed
+
+    originals = [(module, module._gradient_checkpointing_func) for module in seam.checkpointable]
+    for module, original in originals:
+        module._gradient_checkpointing_func = rebinding(original)
+    try:
+        yield
+    finally:
+        for module, original in originals:
+            module._gradient_checkpointing_func = original
+
+
+def _positions(call: Call, seen: int) -> Tensor:
+    """The k-th real token of a row has position k, whatever was evicted and however it is padded."""
+    if call.positions is not None:
+        return call.positions
+    batch, columns = call.shape
+    if call.mask is not None:
+        return (call.mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -columns:]
+    return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
+
+
+def _refuse_packed(positions: Tensor | None) -> None:
+    if positions is not None and positions.shape[1] > 1 and bool((positions[:, 1:] < positions[:, :-1]).any()):
+        raise NotImplementedError(
+            "`position_ids` start again within a row, so the row holds several sequences. Packed sequences cannot be "
+            "scored under a bounded cache: use one sequence per row (packing=False, padding_free=False)."
+        )
+
+
+def _join(outputs: list[ModelOutput], layout: Layout) -> ModelOutput:
+    """One output of the whole call from those of its segments."""
+    joined = outputs[-1]
+    if len(outputs) > 1 and joined.get("attentions") is not None:
+        raise NotImplementedError(
+            "`output_attentions` cannot be joined over segments, whose caches hold different tokens. Score without it, "
+            "or decode token by token."
+        )
+    joined["last_hidden_state"] = layout.unpack(torch.cat([output.last_hidden_state for output in outputs], dim=1))
+    if joined.get("hidden_states") is not None:
+        layers = zip(*(output.hidden_states for output in outputs), strict=True)
+        joined["hidden_states"] = tuple(layout.unpack(torch.cat(parts, dim=1)) for parts in layers)
+    if len(outputs) > 1 and joined.get("router_logits") is not None:
+        raise NotImplementedError(
+            "`output_router_logits` cannot be joined over segments. Train without the auxiliary loss "
+            "(router_aux_loss_coef=0)."
+        )
+    return joined

@@ -1,0 +1,157 @@
+"""Keys without their rotary rotation, by the model's own rotary code.
+
+A rotation by ``theta`` is undone by the same code with ``sin`` negated; cosines and sines that carry an attention
+scaling ``a`` (YaRN) are divided by ``a ** 2``, since ``a R(-theta) / a**2`` undoes ``a R(theta)``. Whether that holds
+for a model is not assumed but tried once, on the attention layer itself (:func:`find_rotation`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# One token, at these positions, tells a rotation from none and a right inverse from a wrong one.
+_PROBE_POSITIONS = (0, 7)
+_REMEDY = '`key_rotation` must be "kept" for this model, got "removed": {reason} Use PTEConfig(key_rotation="kept").'
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary code of one attention layer."""
+
+    embedding: nn.Module
+    apply: Callable[..., tuple[Tensor, Tensor]]
+    layer_type: str | None
+
+    def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, T, rotary_dim]`` at ``positions [N, T]``."""
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        if self.layer_type is not None:
+            cos, sin = self.embedding(like, positions, self.layer_type)
+        else:
+            cos, sin = self.embedding(like, positions)
+        return cos, sin
+
+    def remove(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys as they were before the rotation.
+
+        Args:
+            keys: ``[B, G, E, head_dim]``, rotated, in float32 or float64.
+            positions: ``[B, 1 or G, E]``, where each key stood.
+
+        Returns:
+            ``[B, G, E, head_dim]``.
+        """
+        batch, heads, evicted, head_dim = keys.shape
+        groups = positions.shape[1]
+        cos, sin = self.cos_sin(positions.reshape(batch * groups, evicted), keys.dtype)
+        square = self._scaling() ** 2
+        rows = keys.reshape(batch * groups, heads // groups, evicted, head_dim)
+        _, plain = self.apply(rows, rows, cos / square, -sin / square)
+        return plain.reshape(keys.shape)
+
+    def _scaling(self) -> float:
+        name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
+        return float(getattr(self.embedding, name, 1.0))
+
+
+class _Captured(Exception):
+    """Ends a probe as soon as the layer hands its keys to the cache."""
+
+
+class _ProbeCache:
+    """Stands where a cache stands, and keeps the first keys it is given."""
+
+    keys: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys = keys
+        raise _Captured
+
+
+def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | None) -> Rotation | None:
+    """The rotation this layer applies to its keys, or ``None`` if it applies none.
+
+    The layer runs on one random token at two positions. Equal keys mean that it does not rotate them; keys that become
+    equal when un-rotated mean that its rotation was found. Where the weights hold no numbers yet (meta device), the
+    rotation is taken from the structure of the model alone.
+
+    Raises:
+        NotImplementedError: The layer rotates its keys and the rotation cannot be found or undone; the message names
+            the config field that avoids the need.
+    """
+    rotation = _structural_rotation(attention, backbone, layer_type)
+    weight = next(attention.parameters())
+    if weight.device.type == "meta" or weight.numel() == 0:
+        return rotation
+    if rotation is None:
+        if _uses_rotary(backbone):
+            raise NotImplementedError(
+                _REMEDY.format(
+                    reason=f"{type(attention).__name__} rotates its keys by code that is not where transformers puts it "
+                    "(`rotary_emb` on the backbone, `apply_rotary_pos_emb` beside the attention class)."
+                )
+            )
+        return None
+    first, second = (_probe_keys(attention, rotation, position) for position in _PROBE_POSITIONS)
+    if _close(first, second):
+        return None
+    plain = [
+        rotation.remove(keys, torch.tensor([[[position]]], device=keys.device))
+        for keys, position in zip((first, second), _PROBE_POSITIONS, strict=True)
+    ]
+    if not _close(*plain):
+        raise NotImplementedError(
+            _REMEDY.format(reason=f"undoing the rotation of {type(attention).__name__} did not give its keys back.")
+        )
+    return rotation
+
+
+def _structural_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | None) -> Rotation | None:
+    embedding = getattr(backbone, "rotary_emb", None)
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if embedding is None or apply is None:
+        return None
+    per_type = "layer_type" in inspect.signature(embedding.forward).parameters
+    return Rotation(embedding, apply, layer_type if per_type else None)
+
+
+def _uses_rotary(backbone: nn.Module) -> bool:
+    config: Any = backbone.config
+    names = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_emb_base")
+    return any(getattr(config, name, None) is not None for name in names) or getattr(config, "rotary", False)
+
+
+def _probe_keys(attention: nn.Module, rotation: Rotation, position: int) -> Tensor:
+    weight = next(parameter for parameter in attention.parameters() if parameter.ndim == 2)
+    config: Any = attention.config
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1, config.hidden_size, generator=generator).to(weight.device)
+    hidden = hidden.to(weight.dtype) if weight.is_floating_point() else hidden
+    cos_sin = rotation.cos_sin(torch.tensor([[position]], device=weight.device), hidden.dtype)
+    cache = _ProbeCache()
+    # The argument that takes the cache is the one thing architectures do not agree on.
+    name = "layer_past" if "layer_past" in inspect.signature(attention.forward).parameters else "past_key_values"
+    try:
+        with torch.no_grad():
+            attention(hidden_states=hidden, position_embeddings=cos_sin, attention_mask=None, **{name: cache})
+    except _Captured:
+        return cache.keys.double() if cache.keys.dtype == torch.float64 else cache.keys.float()
+    except TypeError as error:
+        raise NotImplementedError(
+            _REMEDY.format(reason=f"{type(attention).__name__} cannot be called alone ({error}).")
+        ) from error
+    raise NotImplementedError(
+        _REMEDY.format(reason=f"{type(attention).__name__} does not hand its keys to the cache it is given.")
+    )
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    # Half-precision keys agree to about 1 %; a wrong rotation is off by its own size.
+    return bool((left - right).norm() <= 0.05 * left.norm())

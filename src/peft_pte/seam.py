@@ -1,0 +1,259 @@
+"""What is installed on a transformers model: the seam between its callers and its backbone.
+
+``generate``, a loss, TRL's fused head and a plain call all end in the backbone's forward, so that is where the cache
+policy lives (:mod:`peft_pte.replay`). Two things are known only further out and are handed in: the labels, which stop at
+the causal LM and say where prompts end (a forward hook), and the cache that ``generate`` would make
+(``_prepare_cache_for_generation``). Everything is installed on the instance and removed by :meth:`Seam.remove`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .cache import PTECache
+from .config import PTEConfig
+from .encoder import CHILD_NAME, PTEEncoder
+from .layout import Layout, PromptSpec
+from .replay import run
+from .sites import find_sites
+from .statistics import Statistics
+
+_ATTRIBUTE = "_pte_seam"
+_HOOKED_METHOD = "_prepare_cache_for_generation"
+
+
+class Seam:
+    """The adapted model as the replay sees it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not hasattr(model, _HOOKED_METHOD):
+            raise NotImplementedError(
+                f"`generate` of this transformers version has no `{_HOOKED_METHOD}`, so it cannot be given a bounded "
+                "cache. Install a transformers version that peft-pte is tested with (see its README)."
+            )
+        self.model = model
+        self.backbone: Any = model.base_model
+        self.text_config: Any = model.config.get_text_config(decoder=True)
+        self.sites = find_sites(model)
+        self.rotary = any(site.rotation is not None or site.rotation_error for site in self.sites.values())
+        self.checkpointable: list[Any] = [
+            module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
+        ]
+        self.statistics = Statistics()
+        self._calls = _Calls()
+        self._install()
+
+    @staticmethod
+    def of(model: nn.Module) -> Seam | None:
+        """The seam installed on ``model``, if any."""
+        seam: Seam | None = getattr(model, _ATTRIBUTE, None)
+        return seam
+
+    def _install(self) -> None:
+        # A hook that dispatches weights over devices may have replaced the forward of the instance already.
+        self._inner = self.backbone.__dict__.get("forward")
+        signature = functools.wraps(type(self.backbone).forward)
+        self.backbone.forward = MethodType(signature(_backbone_forward), self.backbone)
+        setattr(self.backbone, _ATTRIBUTE, self)
+        setattr(self.model, _ATTRIBUTE, self)
+        self.model._prepare_cache_for_generation = MethodType(
+            functools.wraps(getattr(type(self.model), _HOOKED_METHOD))(_prepare_cache), self.model
+        )
+        self.model.generate_batch = MethodType(_refuse_generate_batch, self.model)
+        self._hooks = [
+            self.model.register_forward_pre_hook(_enter_call, with_kwargs=True),
+            self.model.register_forward_hook(_leave_call, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Give the model back as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        del self.backbone.forward
+        if self._inner is not None:
+            self.backbone.forward = self._inner
+        for name in (_HOOKED_METHOD, "generate_batch"):
+            self.model.__dict__.pop(name, None)
+        for module in (self.model, self.backbone):
+            module.__dict__.pop(_ATTRIBUTE, None)
+        for site in self.sites.values():
+            if hasattr(site.attention, CHILD_NAME):
+                delattr(site.attention, CHILD_NAME)
+
+    def inner(self, **arguments: Any) -> Any:
+        """The backbone's own forward."""
+        if self._inner is not None:
+            return self._inner(**arguments)
+        return type(self.backbone).forward(self.backbone, **arguments)
+
+    @property
+    def encoded_layers(self) -> list[int]:
+        """Layers that have an encoder."""
+        return [index for index, site in self.sites.items() if hasattr(site.attention, CHILD_NAME)]
+
+    def encoder(self, layer_index: int) -> PTEEncoder:
+        """The encoder of a layer that has one."""
+        encoder: PTEEncoder = getattr(self.sites[layer_index].attention, CHILD_NAME)
+        return encoder
+
+    def active_adapter(self) -> str | None:
+        """The PTE adapter in use, or ``None`` where the model is to be its base model."""
+        for site in self.sites.values():
+            encoder = getattr(site.attention, CHILD_NAME, None)
+            if encoder is not None and (adapter := encoder.current_adapter()) is not None:
+                return adapter
+        return None
+
+    def config(self, adapter: str) -> PTEConfig:
+        """The config of an adapter."""
+        configs: dict[str, PTEConfig] = self.model.peft_config  # type: ignore[assignment]
+        return configs[adapter]
+
+    def new_cache(self, adapter: str) -> PTECache:
+        """An empty cache for ``adapter``."""
+        return PTECache(self.text_config, self.config(adapter))
+
+    def checkpoints_layers(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return self.backbone.training and any(module.gradient_checkpointing for module in self.checkpointable)
+
+    def attention_mask(
+        self, cache: PTECache, positions: Tensor, valid: Tensor | None, columns: Tensor | None
+    ) -> Tensor | dict[str, Any] | None:
+        """The mask the backbone is given: 2D in slot order, or one per layer type where sliding layers count columns."""
+        slots = cache.slot_mask(valid, positions.shape[1])
+        if not any(cache.is_sliding):
+            return slots
+        arguments: dict[str, Any] = {
+            "config": self.text_config,
+            "inputs_embeds": torch.empty(*positions.shape, 0, dtype=self.model.dtype, device=positions.device),
+            "past_key_values": cache,
+            "position_ids": positions,
+        }
+        return {
+            "full_attention": create_causal_mask(attention_mask=slots, **arguments),
+            "sliding_attention": create_sliding_window_causal_mask(attention_mask=columns, **arguments),
+        }
+
+    def check_positions(self, length: int) -> None:
+        """Refuse a prompt (or, with learned positions, a sequence) that the model has no positions for.
+
+        Raises:
+            ValueError: ``length`` is beyond ``max_position_embeddings``.
+        """
+        longest = getattr(self.text_config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"The input is {length} tokens long, and the model has positions for {longest} "
+                "(`max_position_embeddings`). The prompt is never evicted and positions stay absolute: shorten it, or "
+                "use a model with a longer range."
+            )
+
+    def observe(self, cache: PTECache, layout: Layout, evicted: bool) -> None:
+        """Let the statistics see a call."""
+        self.statistics.observe(cache, layout, evicted)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of the backbone's forward."""
+        arguments = kwargs
+        if args:
+            arguments = inspect.signature(type(self.backbone).forward).bind(self.backbone, *args, **kwargs).arguments
+            arguments = {**arguments, **arguments.pop("kwargs", {})}
+            arguments.pop("self", None)
+        adapter = self.active_adapter()
+        if adapter is None:
+            if isinstance(arguments.get("past_key_values"), PTECache):
+                raise ValueError(
+                    "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was "
+                    "evicted. Enable the adapter, or leave the cache out."
+                )
+            return self.inner(**arguments)
+        return run(self, adapter, arguments, self._calls.current())
+
+
+class _Calls(threading.local):
+    """What the calls of the causal LM that run on this thread said about their prompts."""
+
+    def __init__(self) -> None:
+        self.stack: list[PromptSpec] = []
+
+    def current(self) -> PromptSpec:
+        return self.stack[-1] if self.stack else PromptSpec()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Calls:
+        return _Calls()
+
+    def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
+        return _Calls, ()
+
+
+@torch.compiler.disable(recursive=False)
+def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(self, _ATTRIBUTE).forward(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    named = kwargs
+    if args:
+        named = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+    kwargs = dict(kwargs)
+    spec = PromptSpec(named.get("labels"), named.get("shift_labels"), kwargs.pop("prompt_length", None))
+    getattr(model, _ATTRIBUTE)._calls.stack.append(spec)
+    return args, kwargs
+
+
+@torch.compiler.disable
+def _leave_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    stack = getattr(model, _ATTRIBUTE)._calls.stack
+    if stack:
+        stack.pop()
+
+
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    seam: Seam = getattr(self, _ATTRIBUTE)
+    adapter = seam.active_adapter()
+    if adapter is not None:
+        _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = seam.new_cache(adapter)
+            return None
+    return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _refuse_generation(generation_config: Any, bounded: bool) -> None:
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise NotImplementedError(
+            f"`cache_implementation` must be unset while a PTE adapter is active, got "
+            f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
+        )
+    if generation_config.use_cache is False and bounded:
+        raise ValueError(
+            "`use_cache` must be True while a PTE adapter is active, got False: without its cache the model would see "
+            "every token again. Leave it out, or disable the adapter."
+        )
+    if generation_config.prefill_chunk_size is not None and bounded:
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be unset under a bounded cache, got {generation_config.prefill_chunk_size}: the "
+            "prompt is what the prefill holds, and later chunks would count as thoughts."
+        )
+
+
+def _refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> None:
+    if getattr(self, _ATTRIBUTE).active_adapter() is None:
+        return type(self).generate_batch(self, *args, **kwargs)
+    raise NotImplementedError(
+        "`generate_batch` (continuous batching) pages a full cache and has no thought state. Use `generate`; in TRL, "
+        "use_transformers_continuous_batching=False."
+    )

@@ -1,0 +1,50 @@
+"""The axis legend: one letter per axis, here and in every docstring, comment, kernel and test.
+
+====== =============================================== ====== ==================================
+letter axis                                            letter axis
+====== =============================================== ====== ==================================
+``L``  decoder layers                                  ``E``  evicted tokens
+``B``  sequences                                       ``C``  cache slots, ``P + W``
+``H``  query heads                                     ``D``  flattened KV width, ``G * head_dim``
+``G``  KV heads                                        ``Q``  global tokens, rows of the state
+``T``  tokens of this call                             ``R``  rank, columns of the state
+``P``  prompt columns, left padding included           ``W``  thought window
+====== =============================================== ====== ==================================
+
+The aliases below are checked at run time only where :func:`checked` is told to (the tests do).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+State = Float[Tensor, "B Q R"]
+InitialState = Float[Tensor, "Q R"]
+GlobalTokens = Float[Tensor, "Q D"]
+Query = Float[Tensor, "Q R"]
+Projection = Float[Tensor, "R D"]
+EvictedRows = Float[Tensor, "B E D"]
+EvictedValid = Bool[Tensor, "B E"]
+HeadStates = Float[Tensor, "B G N head_dim"]
+HeadScores = Float[Tensor, "B G N"]
+Hidden = Float[Tensor, "B T inner"]
+Down = Float[Tensor, "R inner"]
+Up = Float[Tensor, "outer Q"]
+Output = Float[Tensor, "B T outer"]
+Positions = Int[Tensor, "B N"]
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def checked(function: F) -> F:
+    """Check the shape annotations of ``function`` on every call when ``PEFT_PTE_CHECK_SHAPES=1``."""
+    if os.environ.get("PEFT_PTE_CHECK_SHAPES") != "1":
+        return function
+    from beartype import beartype
+
+    return jaxtyped(typechecker=beartype)(function)

@@ -1,0 +1,148 @@
+"""The places in a causal LM where the method sits: one attention layer, and the linears beside it, per decoder layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .config import PTEConfig
+from .layer import is_linear
+from .rotary import Rotation, find_rotation
+
+# Models whose backbone takes one prepared mask per layer type, which sliding and bounded layers side by side need.
+_MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text")
+# Rotations that depend on the length of the call: a rollout and its replay would rotate differently.
+_LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
+
+
+@dataclass
+class Site:
+    """One decoder layer."""
+
+    index: int
+    block: str
+    """Name of the decoder layer in the model; its linears are below it."""
+    attention_name: str
+    attention: nn.Module
+    layer_type: str | None
+    width: int
+    """``D``, flattened KV width."""
+    rotation: Rotation | None
+    rotation_error: NotImplementedError | None
+
+
+def find_sites(model: PreTrainedModel) -> dict[int, Site]:
+    """The decoder layers of ``model`` by index.
+
+    Raises:
+        NotImplementedError: The model is no decoder whose attention layers and positions can be told.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _refuse_architecture(model, config)
+    backbone = model.base_model
+    layer_types = getattr(config, "layer_types", None)
+    sites: dict[int, Site] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not type(module).__name__.endswith("Attention"):
+            continue
+        if index in sites:
+            raise NotImplementedError(
+                f"{type(model).__name__} has two attention layers of index {index} (`{sites[index].attention_name}` and "
+                f"`{name}`), so it is not clear whose keys and values are evicted. PTE supports decoder-only models with "
+                "one attention layer per decoder layer."
+            )
+        layer_type = layer_types[index] if layer_types else None
+        rotation, error = None, None
+        try:
+            rotation = find_rotation(module, backbone, layer_type)
+        except NotImplementedError as raised:
+            error = raised
+        sites[index] = Site(
+            index, name.rpartition(".")[0], name, module, layer_type, _kv_width(module, config), rotation, error
+        )
+    if not sites:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no attention layer that keeps keys and values (`layer_idx` on a class named "
+            "...Attention). PTE supports transformers' decoder-only causal LMs."
+        )
+    return sites
+
+
+def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConfig) -> None:
+    """Refuse what ``config`` asks of ``model`` and cannot be had.
+
+    Raises:
+        NotImplementedError: With the reason and the field to change.
+    """
+    if config.cache_window is None:
+        return
+    text_config: Any = model.config.get_text_config(decoder=True)
+    if config.key_rotation == "removed" and config.state_update == "progressive":
+        error = next((site.rotation_error for site in sites.values() if site.rotation_error), None)
+        if error is not None:
+            raise error
+    for name in _rope_types(text_config):
+        if name in _LENGTH_DEPENDENT_ROTATIONS:
+            raise NotImplementedError(
+                f"`cache_window` cannot bound a model with rope_type={name!r}: its rotation depends on the length of the "
+                "call, so a rollout and its replay would differ. Use a model with another rope_type, or "
+                "PTEConfig(cache_window=None)."
+            )
+    kinds = {layer.is_sliding for layer in DynamicCache(config=text_config).layers if hasattr(layer, "is_sliding")}
+    if len(kinds) > 1 and text_config.model_type not in _MASK_PER_LAYER_TYPE:
+        raise NotImplementedError(
+            f"`cache_window` cannot bound {text_config.model_type}: it mixes full and sliding attention, which is "
+            f"supported for {', '.join(_MASK_PER_LAYER_TYPE)}. Use PTEConfig(cache_window=None)."
+        )
+
+
+def default_targets(model: nn.Module, sites: dict[int, Site]) -> set[str]:
+    """Last names of all linear layers of the decoder blocks."""
+    blocks = tuple(site.block + "." for site in sites.values())
+    names = {name for name, module in model.named_modules() if name.startswith(blocks) and is_linear(module)}
+    return {name.rpartition(".")[2] for name in names}
+
+
+def site_of(sites: dict[int, Site], name: str) -> Site | None:
+    """The decoder layer that the module ``name`` belongs to."""
+    return next((site for site in sites.values() if name.startswith(site.block + ".")), None)
+
+
+def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"{kind} is an encoder-decoder model, whose thoughts attend to an encoder as well. PTE supports decoder-only "
+            "causal LMs."
+        )
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise NotImplementedError(
+            f"{kind} derives positions from the attention mask (ALiBi), so tokens would move when others are evicted. "
+            "PTE supports rotary and learned absolute positions."
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise NotImplementedError(
+            f"{kind} caches compressed keys and values (multi-head latent attention), of different widths. PTE supports "
+            "multi-head and grouped-query attention."
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(entry.get("rope_type", "default")) for entry in nested}
+
+
+def _kv_width(attention: nn.Module, config: Any) -> int:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    for owner, name in ((attention, "head_dim"), (attention, "head_size"), (config, "head_dim")):
+        head_dim = getattr(owner, name, None)
+        if head_dim is not None:
+            return int(kv_heads * head_dim)
+    return int(kv_heads * (config.hidden_size // heads))
