@@ -212,7 +212,8 @@ def _run_segments(
             call.rest,
         )
         if recompute:
-            output, after = checkpoint(lambda s=segment, c=cache: s(c.fork()), use_reentrant=False)
+            # From a snapshot, which stays what it is when this cache moves on.
+            output, after = checkpoint(_run_from, segment, cache.fork(), use_reentrant=False)
             cache.adopt(after)
         else:
             output, _ = segment(cache)
@@ -265,6 +266,10 @@ def _run_segment(
             **rest,
         )
     return output, cache
+
+
+def _run_from(segment: Callable[[PTECache], tuple[ModelOutput, PTECache]], start: PTECache) -> Any:
+    return segment(start.fork())
 
 
 class _Reader:

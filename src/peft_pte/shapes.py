@@ -16,10 +16,12 @@ The aliases below are checked at run time only where :func:`checked` is told to 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
@@ -47,4 +49,11 @@ def checked(function: F) -> F:
         return function
     from beartype import beartype
 
-    return jaxtyped(typechecker=beartype)(function)
+    checking = jaxtyped(typechecker=beartype)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A tracer sees no sizes to check.
+        return (function if torch.compiler.is_compiling() else checking)(*args, **kwargs)
+
+    return cast(F, call)

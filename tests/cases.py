@@ -1,0 +1,111 @@
+"""The table of models that the laws are tested on: tiny, random, one per architecture."""
+
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 61
+PAD = 0
+
+# Large initial weights, so that logits differ by more than any tolerance when something is wrong.
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GROUPED = {
+    **COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FULL_AND_SLIDING = {
+    **GROUPED,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "attention_dropout": 0.0,
+}
+
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, GROUPED),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, GROUPED),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**GROUPED, "head_dim": 8}),
+    "mistral": (MistralForCausalLM, MistralConfig, {**GROUPED, "sliding_window": None}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {**GROUPED, "sliding_window": None, "partial_rotary_factor": 0.5}),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config,
+        {
+            **COMMON,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    "gpt_neox": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        {
+            **COMMON,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "rotary_pct": 0.5,
+        },
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, GROUPED),
+    "granite": (GraniteForCausalLM, GraniteConfig, {**GROUPED, "attention_multiplier": 8**-0.5}),
+    # Partial and interleaved rotary.
+    "glm": (GlmForCausalLM, GlmConfig, {**GROUPED, "head_dim": 8, "partial_rotary_factor": 0.5}),
+    # Sliding attention beside full attention.
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
+}
+EAGER_ONLY = ("gemma2",)
+# What every law must hold for.
+FAMILIES = tuple(MODELS)
+# One with rotary and grouped heads, one with learned positions and Conv1D: enough where the architecture is no issue.
+TWO_FAMILIES = ("llama", "gpt2")
+
+
+def make_base(name, *, attn_implementation="eager", **overrides):
+    """A fresh random model of the family ``name`` in evaluation mode."""
+    model_class, config_class, arguments = MODELS[name]
+    config = config_class(**{**arguments, **overrides})
+    config._attn_implementation = attn_implementation
+    return model_class(config).eval()

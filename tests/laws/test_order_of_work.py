@@ -1,0 +1,110 @@
+"""Law 7: how the work is cut, and who does it, changes no number."""
+
+import pytest
+import torch
+
+from tests.cases import FAMILIES, TWO_FAMILIES
+from tests.helpers import SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits
+
+WINDOW = SMALL["cache_window"]
+
+
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        # Gradients sum over many tokens; the size of the largest sets what a rounding error may be.
+        assert_close(actual[name] / largest, gradient / largest)
+
+
+@pytest.mark.parametrize("backprop", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing(family, dtype, backprop):
+    model = make_pte(family, dtype=dtype, backprop_through_cache=backprop)
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    model.train()
+    expected, loss = gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    actual, checkpointed_loss = gradients(model, batch)
+    assert_close(checkpointed_loss, loss)
+    assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("fields", [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}], ids=str)
+def test_gradient_checkpointing_of_variants(fields):
+    model = make_pte("llama", **fields)
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    model.train()
+    expected, _ = gradients(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    assert_same_gradients(gradients(model, batch)[0], expected)
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_gradient_checkpointing_of_a_partly_adapted_model(family):
+    # A layer without adapters below one with: its keys and values need no gradient, but are recomputed all the same.
+    model = make_pte(family, layers_to_transform=[2])
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    model.train()
+    expected, _ = gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    assert_same_gradients(gradients(model, batch)[0], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_micro_batch_or_several(family):
+    model = make_pte(family)
+    batch = roll_out(model, make_prompts((6, 3, 5, 6)), 3 * WINDOW).truncated(3 * WINDOW)
+    expected, _ = gradients(model, batch)
+    halves = [gradients(model, {name: part[rows] for name, part in batch.items()})[0] for rows in ([0, 1], [2, 3])]
+    assert_same_gradients({name: (halves[0][name] + halves[1][name]) / 2 for name in expected}, expected)
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_triton_or_reference(family):
+    # Under the interpreter where there is no GPU.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {}
+    for impl in ("reference", "triton"):
+        model = make_pte(family, impl=impl).to(device)
+        prompts = {name: part.to(device) for name, part in make_prompts((3, 2)).items()}
+        torch.manual_seed(3)
+        ids = torch.randint(1, 60, (2, 2 * WINDOW), device=device)
+        ids = torch.cat([prompts["input_ids"], ids], dim=1)
+        mask = torch.cat([prompts["attention_mask"], torch.ones_like(ids[:, 3:])], dim=1)
+        labels = ids.masked_fill(torch.arange(ids.shape[1], device=device) < 3, -100)
+        results[impl] = gradients(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    assert_close(results["triton"][1], results["reference"][1])
+    assert_same_gradients(results["triton"][0], results["reference"][0])
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_compiled_or_eager(family):
+    model = make_pte(family)
+    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+    with torch.no_grad():
+        expected = thought_logits(model, batch)
+        # The tracer is what could go wrong; the code generator behind it knows nothing of this package.
+        assert_close(thought_logits(torch.compile(model, backend="eager"), batch), expected)
+
+
+def test_interleaved_generations_do_not_mix():
+    model = make_pte("llama")
+    one, other = make_prompts(seed=1), make_prompts((4, 4, 2), seed=9)
+    expected = [roll_out(model, prompts, 3 * WINDOW).logits for prompts in (one, other)]
+    tokens = [roll_out(model, prompts, 3 * WINDOW).input_ids for prompts in (one, other)]
+    caches, masks, found = [None, None], [one["attention_mask"], other["attention_mask"]], [[], []]
+    for step in range(3 * WINDOW):
+        for which, prompts in enumerate((one, other)):
+            width = prompts["input_ids"].shape[1]
+            ids = prompts["input_ids"] if step == 0 else tokens[which][:, width + step - 1, None]
+            with torch.no_grad():
+                output = model(input_ids=ids, attention_mask=masks[which], past_key_values=caches[which], use_cache=True)
+            caches[which] = output.past_key_values
+            masks[which] = torch.cat([masks[which], masks[which].new_ones(3, 1)], dim=1)
+            found[which].append(output.logits[:, -1])
+    for logits, wanted in zip(found, expected, strict=True):
+        assert_close(torch.stack(logits, dim=1), wanted)
