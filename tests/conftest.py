@@ -9,8 +9,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import transformers  # noqa: E402
+import pytest
+import transformers
 
 transformers.logging.set_verbosity_error()
 # Tests run side by side and their models are tiny: threads would only get in each other's way.

@@ -81,7 +81,9 @@ def roll_out(model, prompts, new_tokens, seed=2):
         return_dict_in_generate=True,
     )
     width = prompts["input_ids"].shape[1]
-    mask = torch.cat([prompts["attention_mask"], prompts["attention_mask"].new_ones(len(output.sequences), new_tokens)], 1)
+    mask = torch.cat(
+        [prompts["attention_mask"], prompts["attention_mask"].new_ones(len(output.sequences), new_tokens)], 1
+    )
     labels = output.sequences.clone()
     labels[:, :width] = -100
     logits = torch.stack(output.logits, dim=1)

@@ -265,7 +265,9 @@ class PTECache(Cache):
         if all(mask is None for mask, _ in parts):
             return None
         batch = table.positions.shape[0]
-        return torch.cat([_mask_or_ones(mask, batch, columns, table.positions.device) for mask, columns in parts], dim=1)
+        return torch.cat(
+            [_mask_or_ones(mask, batch, columns, table.positions.device) for mask, columns in parts], dim=1
+        )
 
     def make_differentiable(self) -> None:
         """From now on gradients flow through what is written (memory then grows with the graph)."""
@@ -279,9 +281,7 @@ class PTECache(Cache):
     def fork(self) -> PTECache:
         """An independent cache with the same content; no tensor is copied, so only one may write to buffers."""
         other = copy.copy(self)
-        other.layers = [
-            layer.fork() if isinstance(layer, ThoughtLayer) else copy.copy(layer) for layer in self.layers
-        ]
+        other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else copy.copy(layer) for layer in self.layers]
         other.state = self.state.fork()
         return other
 

@@ -141,9 +141,7 @@ class PTEEncoder(nn.Module, PTELayer):
             valid = evicted.valid.any(dim=1)
         return self._encode(adapter_name, state, _flatten_heads(keys), _flatten_heads(values), valid)
 
-    def _encode(
-        self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None
-    ) -> Tensor:
+    def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         settings = self.settings[adapter_name]
         tokens = self.pte_global_tokens[adapter_name].weight.to(state.dtype)
         with torch.autocast(state.device.type, enabled=False):

@@ -27,7 +27,9 @@ class EvictionPolicy:
 
         ``valid [B, G, N]`` is False for padding, which is evicted first whatever its score; ``None``: all valid.
         """
-        raise NotImplementedError(f"{type(self).__name__} is uniform: it evicts the oldest thoughts and scores nothing.")
+        raise NotImplementedError(
+            f"{type(self).__name__} is uniform: it evicts the oldest thoughts and scores nothing."
+        )
 
     @torch.no_grad()
     def select(self, keys: HeadStates, valid: Tensor | None, evict: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -41,7 +41,7 @@ class PTEModel(BaseTuner):
 
     prefix = "pte_"
     tuner_layer_cls = PTELayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model itself, hooks and all: they tell the seam where prompts end."""

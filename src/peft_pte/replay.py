@@ -148,9 +148,12 @@ def _check_cache(cache: Any, config: PTEConfig) -> None:
 
 def _run_whole(seam: Seam, adapter: str, call: Call) -> ModelOutput:
     """Without a cache: every token is prompt (or the cache is unbounded), so every adapter reads ``S0``."""
-    state = _Reader(seam, adapter, seam.new_cache(adapter), call.shape[0])
+
+    def fresh() -> _Reader:
+        return _Reader(seam, adapter, seam.new_cache(adapter), call.shape[0])
+
     positions = _positions(call, 0)
-    with bind(state), _checkpoints_bound(seam, state):
+    with bind(fresh()), _checkpoints_bound(seam, fresh):
         return seam.inner(
             **call.tokens,
             attention_mask=None if call.mask is None else call.mask.long(),
@@ -174,9 +177,7 @@ def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Mod
         )
 
 
-def _run_segments(
-    seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None
-) -> ModelOutput:
+def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> ModelOutput:
     seen = cache.get_seq_length()
     layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
     positions = _positions(call, seen)
@@ -250,7 +251,7 @@ def _run_segment(
 ) -> tuple[ModelOutput, PTECache]:
     if evict:
         cache.evict(seam.encoded_layers)
-    batch, length = positions.shape
+    batch = positions.shape[0]
     writes_prompt = cache.get_seq_length() == 0 and cache.prompt_length != 0
     mask = seam.attention_mask(cache, positions, valid, column_mask)
     if not writes_prompt:
@@ -309,8 +310,11 @@ def _layers_uncheckpointed(seam: Seam) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpoints_bound(seam: Seam, read: Callable[[int], Tensor]) -> Iterator[None]:
-    """Layers that checkpoint themselves find their state again when the backward pass recomputes them."""
+def _checkpoints_bound(seam: Seam, reader: Callable[[], _Reader]) -> Iterator[None]:
+    """Layers that checkpoint themselves find their state again when the backward pass recomputes them.
+
+    Each run of a layer gets a reader of its own, so that the second run encodes what the first one did.
+    """
     if not seam.checkpoints_layers():
         yield
         return
@@ -318,7 +322,7 @@ def _checkpoints_bound(seam: Seam, read: Callable[[int], Tensor]) -> Iterator[No
     def rebinding(original: Callable[..., Any]) -> Callable[..., Any]:
         def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def with_state(*inputs: Any, **named: Any) -> Any:
-                with bind(read):
+                with bind(reader()):
                     return function(*inputs, **named)
 
             return original(with_state, *args, **kwargs)

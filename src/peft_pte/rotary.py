@@ -61,7 +61,7 @@ class Rotation:
         return float(getattr(self.embedding, name, 1.0))
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Ends a probe as soon as the layer hands its keys to the cache."""
 
 
@@ -72,7 +72,7 @@ class _ProbeCache:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys = keys
-        raise _Captured
+        raise _CapturedError
 
 
 def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | None) -> Rotation | None:
@@ -141,7 +141,7 @@ def _probe_keys(attention: nn.Module, rotation: Rotation, position: int) -> Tens
     try:
         with torch.no_grad():
             attention(hidden_states=hidden, position_embeddings=cos_sin, attention_mask=None, **{name: cache})
-    except _Captured:
+    except _CapturedError:
         return cache.keys.double() if cache.keys.dtype == torch.float64 else cache.keys.float()
     except TypeError as error:
         raise NotImplementedError(

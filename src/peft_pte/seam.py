@@ -219,9 +219,7 @@ def _leave_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack.pop()
 
 
-def _prepare_cache(
-    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
+def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     seam: Seam = getattr(self, _ATTRIBUTE)
     adapter = seam.active_adapter()
     if adapter is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -102,10 +103,19 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
 
 
 def default_targets(model: nn.Module, sites: dict[int, Site]) -> set[str]:
-    """Last names of all linear layers of the decoder blocks."""
+    """Last names of all linear layers of the decoder blocks, adapted already or not."""
     blocks = tuple(site.block + "." for site in sites.values())
-    names = {name for name, module in model.named_modules() if name.startswith(blocks) and is_linear(module)}
-    return {name.rpartition(".")[2] for name in names}
+    names: set[str] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(blocks) or name.startswith(inside or (" ",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, name + ".")
+            module = module.get_base_layer()
+        if is_linear(module):
+            names.add(name.rpartition(".")[2])
+    return names
 
 
 def site_of(sites: dict[int, Site], name: str) -> Site | None:

@@ -38,7 +38,9 @@ def test_gradcheck(family, eviction):
         name
         for name in parameters
         if (".0." in name or ".1." in name)
-        and any(kind in name for kind in ("global_tokens", "pte_query", "pte_key", "pte_value", "query_key_value", "c_attn"))
+        and any(
+            kind in name for kind in ("global_tokens", "pte_query", "pte_key", "pte_value", "query_key_value", "c_attn")
+        )
     ]
     chosen = [parameters[name] for name in names]
 

@@ -32,7 +32,9 @@ def test_gradient_checkpointing(family, dtype, backprop):
     assert_same_gradients(actual, expected)
 
 
-@pytest.mark.parametrize("fields", [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}], ids=str
+)
 def test_gradient_checkpointing_of_variants(fields):
     model = make_pte("llama", **fields)
     batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
@@ -102,7 +104,9 @@ def test_interleaved_generations_do_not_mix():
             width = prompts["input_ids"].shape[1]
             ids = prompts["input_ids"] if step == 0 else tokens[which][:, width + step - 1, None]
             with torch.no_grad():
-                output = model(input_ids=ids, attention_mask=masks[which], past_key_values=caches[which], use_cache=True)
+                output = model(
+                    input_ids=ids, attention_mask=masks[which], past_key_values=caches[which], use_cache=True
+                )
             caches[which] = output.past_key_values
             masks[which] = torch.cat([masks[which], masks[which].new_ones(3, 1)], dim=1)
             found[which].append(output.logits[:, -1])

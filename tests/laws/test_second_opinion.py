@@ -16,9 +16,10 @@ from transformers.models.llama import modeling_llama
 from peft_pte import PTEConfig
 
 VOCAB, EOS, PAD, LAYERS = 50, 1, 0, 2
-PROMPT_LENGTHS = (9, 4, 6)
+PROMPT_LENGTHS = (4, 9, 6)  # of the rows that evict, one is padded and one is not
 WINDOW, EVICT_RATIO = 6, 0.4  # m = floor(2.4) = 2
-LENGTHS = {"below": WINDOW - 2, "at": WINDOW, "one above": WINDOW + 1, "far above": 5 * WINDOW + 1}
+# The last token that is generated is never written: WINDOW + 2 is the first length whose generation evicts.
+LENGTHS = {"below": WINDOW - 2, "at": WINDOW, "just above": WINDOW + 2, "far above": 5 * WINDOW + 1}
 
 METHODS = [
     pytest.param(
@@ -146,7 +147,7 @@ def build(**choices):
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.2,  # far from uniform logits and attention, so that a wrong token shows
+        initializer_range=0.2,  # far from uniform attention and logits, so that an error shows
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -231,7 +232,7 @@ def test_every_gradient_agrees_with_autograd_through_the_oracle(float64_host, me
     model = build(**method, backprop_through_cache=True).train()
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, VOCAB, (P,), generator=generator).tolist() for P in PROMPT_LENGTHS]
-    thoughts = [torch.randint(2, VOCAB, (T,), generator=generator).tolist() for T in (3 * WINDOW, WINDOW + 1, 2)]
+    thoughts = [torch.randint(2, VOCAB, (T,), generator=generator).tolist() for T in (3 * WINDOW, 2 * WINDOW, 2)]
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert all(".pte_" in name for name in trained)
 

@@ -24,10 +24,7 @@ def encode_reference(
     projected_keys = functional.linear(keys, key_projection)
     projected_values = functional.linear(values, value_projection)
     scores = torch.matmul(query, projected_keys.mT) / math.sqrt(query.shape[-1])
-    if attention == "softmax":
-        weights = _masked_softmax(scores, valid)
-    else:
-        weights = _masked_mean(scores, valid)
+    weights = _masked_softmax(scores, valid) if attention == "softmax" else _masked_mean(scores, valid)
     return normalize_rows(state + gain * torch.matmul(weights, projected_values))
 
 
