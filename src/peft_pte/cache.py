@@ -147,6 +147,13 @@ class PTECache(Cache):
         model_config: The config of the (base) model.
         pte_config: The config of the adapter that will use it.
 
+    Attributes:
+        prompt_length: Columns of the prompt ``P``, once it is known.
+        prompt_limit: Columns after which the first call holds thoughts already (assisted decoding sends its first
+            candidates along with the prompt); ``None``: the first call is the prompt.
+        evictions: Evictions so far.
+        state: The thought state of the sequences.
+
     Raises:
         NotImplementedError: The model has layers whose memory the window cannot bound, or none that grows.
     """
@@ -168,6 +175,7 @@ class PTECache(Cache):
         self.state = ThoughtState(len(layers))
         self.evictions = 0
         self.prompt_length: int | None = None
+        self.prompt_limit: int | None = None
         self.prompt_mask: Tensor | None = None
 
     def __repr__(self) -> str:

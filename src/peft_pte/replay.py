@@ -74,6 +74,9 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     batch, columns = call.shape
     fresh = call.cache is None or call.cache.get_seq_length() == 0
     boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
+    limit = columns if call.cache is None or call.cache.prompt_limit is None else call.cache.prompt_limit
+    if fresh and boundaries is None and limit < columns:
+        boundaries = torch.full((batch,), limit, device=call.device)
     if fresh and call.cache is None and (config.cache_window is None or boundaries is None) and not call.use_cache:
         output = _run_whole(seam, adapter, call)
     else:

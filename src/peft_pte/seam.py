@@ -225,7 +225,11 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, An
     if adapter is not None:
         _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = seam.new_cache(adapter)
+            cache = seam.new_cache(adapter)
+            mask = model_kwargs.get("attention_mask")
+            # `generate` drops a mask of ones, and leaves a note of its length.
+            cache.prompt_limit = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            model_kwargs["past_key_values"] = cache
             return None
     return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, *args, **kwargs)
 

@@ -75,5 +75,3 @@ def grpo_config(tmp_path, **fields):
             **fields,
         }
     )
-
-

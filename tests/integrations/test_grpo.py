@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from peft_pte import PTECache
 from peft_pte.integrations.trl import PTECallback
+from tests.helpers import trainable
 from tests.integrations.common import (
     COMPLETION,
     WINDOW,
@@ -20,7 +21,6 @@ from tests.integrations.common import (
     pte_config,
     share_of_small_tokens,
 )
-from tests.helpers import trainable
 
 
 def make_trainer(tmp_path, model=None, config=None, callbacks=None, reward=share_of_small_tokens, **fields):
@@ -73,7 +73,7 @@ def first_log_ratio(trainer, monkeypatch):
     def recorded_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         for tokens, mask, log_probs in zip(input_ids, attention_mask.bool(), result[0].detach(), strict=True):
-            expected = sampled[tuple(tokens[mask].tolist())]
+            expected = sampled[tuple(tokens[tokens != 0].tolist())]
             kept = mask[-logits_to_keep:]
             difference = (log_probs - expected[: len(log_probs)])[kept]
             compared.append((difference.abs().max().item(), int(kept.sum())))

@@ -1,0 +1,205 @@
+"""A cache can be kept, moved, reordered, repeated and saved; `generate` does all of it."""
+
+import copy
+
+import pytest
+import torch
+
+from peft_pte import PTECache
+from tests.cases import TWO_FAMILIES
+from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
+
+WINDOW = SMALL["cache_window"]
+POLICIES = ["sliding_window", "key_diff"]
+
+
+@pytest.fixture(params=POLICIES)
+def decoded(request):
+    """A model, a rollout, and a cache that holds all of it but the last eight tokens."""
+    model = make_pte(eviction=request.param)
+    rollout = roll_out(model, make_prompts(), 4 * WINDOW)
+    cache = model.base_model.new_cache()
+    columns = rollout.input_ids.shape[1] - 8
+    prompt = make_prompts()["input_ids"].shape[1]
+    with torch.no_grad():
+        for part in (slice(0, prompt), slice(prompt, columns)):
+            model(
+                input_ids=rollout.input_ids[:, part],
+                attention_mask=rollout.attention_mask[:, : part.stop],
+                past_key_values=cache,
+            )
+    return model, rollout, cache
+
+
+def rest(model, rollout, cache, rows=slice(None)):
+    """Logits of the last eight tokens, read from ``cache``."""
+    with torch.no_grad():
+        return model(
+            input_ids=rollout.input_ids[rows, -8:], attention_mask=rollout.attention_mask[rows], past_key_values=cache
+        ).logits[:, :-1]
+
+
+def test_kept(decoded):
+    model, rollout, cache = decoded
+    assert_close(rest(model, rollout, cache), rollout.logits[:, -7:])
+
+
+def test_copied(decoded):
+    model, rollout, cache = decoded
+    twin = copy.deepcopy(cache)
+    rest(model, rollout, cache)
+    assert_close(rest(model, rollout, twin), rollout.logits[:, -7:])
+
+
+def test_saved(decoded, tmp_path):
+    model, rollout, cache = decoded
+    torch.save(cache, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert isinstance(loaded, PTECache)
+    assert loaded.nbytes == cache.nbytes
+    assert_close(rest(model, rollout, loaded), rollout.logits[:, -7:])
+
+
+def test_moved(decoded):
+    model, rollout, cache = decoded
+    assert cache.to("cpu") is cache
+    assert_close(rest(model, rollout, cache), rollout.logits[:, -7:])
+    meta = cache.to("meta")
+    assert all(tensor.is_meta for tensor in meta.state.tensors())
+    assert meta.layers[0].keys.is_meta
+
+
+def test_reordered(decoded):
+    model, rollout, cache = decoded
+    order = torch.tensor([2, 0, 1])
+    cache.reorder_cache(order)
+    assert_close(rest(model, rollout, cache, order), rollout.logits[order, -7:])
+
+
+def test_selected(decoded):
+    model, rollout, cache = decoded
+    cache.batch_select_indices(torch.tensor([1]))
+    assert_close(rest(model, rollout, cache, [1]), rollout.logits[[1], -7:])
+
+
+def test_repeated(decoded):
+    model, rollout, cache = decoded
+    cache.batch_repeat_interleave(2)
+    rows = [0, 0, 1, 1, 2, 2]
+    assert_close(rest(model, rollout, cache, rows), rollout.logits[rows, -7:])
+
+
+def test_reset(decoded):
+    model, rollout, cache = decoded
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        logits = model(**make_prompts(), past_key_values=cache).logits[:, -1]
+    assert_close(logits, rollout.logits[:, 0])
+
+
+def test_counts_are_absolute_and_masks_are_in_slots(decoded):
+    _, rollout, cache = decoded
+    assert cache.get_seq_length() == rollout.input_ids.shape[1] - 8
+    assert cache.get_query_offset() <= make_prompts()["input_ids"].shape[1] + WINDOW
+    assert cache.get_mask_sizes(1, 0) == (cache.get_query_offset() + 1, 0)
+    assert cache.get_max_length() == -1
+    assert "evictions=" in repr(cache)
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_beam_search_moves_the_state_with_the_rows(family):
+    model = make_pte(family)
+    prompts = make_prompts()
+    with torch.no_grad():
+        output = model.generate(
+            **prompts,
+            num_beams=3,
+            max_new_tokens=3 * WINDOW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        width = prompts["input_ids"].shape[1]
+        mask = torch.cat([prompts["attention_mask"], torch.ones_like(output.sequences[:, width:])], dim=1)
+        labels = output.sequences.clone()
+        labels[:, :width] = -100
+        batch = {"input_ids": output.sequences, "attention_mask": mask, "labels": labels}
+        log_probs = thought_logits(model, batch).log_softmax(dim=-1)
+    # The score of a beam is the mean log-prob of its tokens: the replay agrees only if states followed their beams.
+    picked = log_probs.gather(-1, output.sequences[:, width:, None])[..., 0]
+    assert_close(picked.mean(dim=1), output.sequences_scores, scale=5)
+
+
+def test_num_return_sequences():
+    model = make_pte()
+    torch.manual_seed(4)
+    output = model.generate(
+        **make_prompts(),
+        num_return_sequences=2,
+        max_new_tokens=2 * WINDOW,
+        do_sample=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    width = make_prompts()["input_ids"].shape[1]
+    mask = make_prompts()["attention_mask"].repeat_interleave(2, dim=0)
+    mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], dim=1)
+    labels = output.sequences.clone()
+    labels[:, :width] = -100
+    with torch.no_grad():
+        scored = thought_logits(model, {"input_ids": output.sequences, "attention_mask": mask, "labels": labels})
+    assert_close(scored, torch.stack(output.logits, dim=1))
+
+
+def test_generation_goes_on_from_a_kept_cache():
+    model = make_pte()
+    ids = make_prompts((6,))["input_ids"]
+    whole = model.generate(ids, max_new_tokens=30, do_sample=False)
+    first = model.generate(ids, max_new_tokens=17, do_sample=False, return_dict_in_generate=True)
+    second = model.generate(
+        first.sequences,
+        # Or `generate` takes every token that happens to be the padding token for padding.
+        attention_mask=torch.ones_like(first.sequences),
+        past_key_values=first.past_key_values,
+        max_new_tokens=13,
+        do_sample=False,
+    )
+    assert torch.equal(second, whole)
+
+
+def test_a_cache_given_to_generate_is_used():
+    model = make_pte()
+    cache = PTECache(model.config, model.peft_config["default"])
+    model.generate(**make_prompts(), past_key_values=cache, max_new_tokens=2 * WINDOW, do_sample=False)
+    assert cache.evictions > 2
+
+
+def test_prompt_length_says_where_the_prompt_ends():
+    model = make_pte()
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        labels = batch.pop("labels")
+        assert_close(model(**batch, prompt_length=6).logits, expected)
+        # Without a word about it the whole input is prompt, and nothing is evicted.
+        whole = model(**batch).logits
+        assert (whole - expected).abs().max() > 1e-2
+        model.peft_config["default"].cache_window = None
+        assert_close(whole, model(**batch, labels=labels).logits)
+
+
+def test_statistics():
+    from peft_pte.seam import Seam
+
+    model = make_pte()
+    seam = Seam.of(model.get_base_model())
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW, [3 * WINDOW, 2, WINDOW + 1])
+    figures = seam.statistics.drain()
+    assert figures["evictions_per_sequence"] == 8  # The last token sampled is not written.
+    assert figures["state_norm"] == pytest.approx(1.0, abs=1e-5)
+    with torch.no_grad():
+        model(**batch)
+    figures = seam.statistics.drain()
+    assert figures["evictions_per_sequence"] == pytest.approx((8 + 0 + 1) / 3)
+    assert seam.statistics.drain() == {}

@@ -1,0 +1,330 @@
+"""What refuses, loudly (DESIGN.md section 5 and the README's table): one test each."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    GPTJConfig,
+    GPTJForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    T5Config,
+)
+
+from peft_pte import PTECache, PTEConfig
+from tests.cases import GROUPED, make_base
+from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
+
+WINDOW = SMALL["cache_window"]
+
+
+def config(**fields):
+    return PTEConfig(task_type="CAUSAL_LM", **{**SMALL, **fields})
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "unmerge_adapter", "merge_and_unload"])
+def test_merging(call):
+    model = make_pte()
+    with pytest.raises(NotImplementedError, match="cannot be merged: its weight `dW = A S B` is different for every"):
+        getattr(model, call)()
+    # Nothing was lost.
+    roll_out(model, make_prompts(), 4)
+
+
+def test_merging_one_layer():
+    layer = make_pte().base_model.model.model.layers[0].mlp.up_proj
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        layer.merge()
+
+
+def test_generate_batch():
+    model = make_pte()
+    with pytest.raises(NotImplementedError, match="`generate_batch`"):
+        model.generate_batch([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("fields", [{"cache_implementation": "static"}, {"cache_implementation": "quantized"}], ids=str)
+def test_other_cache_implementations(fields):
+    with pytest.raises(NotImplementedError, match="`cache_implementation` must be unset"):
+        make_pte().generate(**make_prompts(), max_new_tokens=4, **fields)
+
+
+def test_generation_without_a_cache():
+    with pytest.raises(ValueError, match="`use_cache` must be True"):
+        make_pte().generate(**make_prompts(), max_new_tokens=4, use_cache=False)
+
+
+def test_chunked_prefill():
+    with pytest.raises(NotImplementedError, match="`prefill_chunk_size` must be unset"):
+        make_pte().generate(**make_prompts(), max_new_tokens=4, prefill_chunk_size=2)
+
+
+def test_assisted_decoding_after_an_eviction():
+    model, assistant = make_pte(), make_base("llama")
+    ids = make_prompts((6,))["input_ids"]
+    # Within the window the assistant works, and changes nothing.
+    assisted = model.generate(ids, assistant_model=assistant, max_new_tokens=WINDOW - 2, do_sample=False)
+    assert torch.equal(assisted, model.generate(ids, max_new_tokens=WINDOW - 2, do_sample=False))
+    with pytest.raises(ValueError, match="what was evicted cannot be brought back"):
+        model.generate(ids, assistant_model=assistant, max_new_tokens=4 * WINDOW, do_sample=False)
+
+
+def test_cropping_after_an_eviction():
+    model = make_pte()
+    cache = roll_out(model, make_prompts(), 2 * WINDOW).cache
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 after an eviction"):
+        cache.crop(-1)
+
+
+def test_cropping_the_prompt():
+    cache = roll_out(make_pte(), make_prompts(), 3).cache
+    assert cache.is_croppable
+    with pytest.raises(ValueError, match="leave the prompt alone"):
+        cache.crop(-5)
+
+
+def test_encoder_decoder_models():
+    t5 = AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(NotImplementedError, match="encoder-decoder"):
+        get_peft_model(t5, PTEConfig(task_type="SEQ_2_SEQ_LM", **SMALL))
+
+
+def test_positions_from_the_attention_mask():
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(NotImplementedError, match="ALiBi"):
+        get_peft_model(bloom, config())
+
+
+def test_latent_attention():
+    fields = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    deepseek = DeepseekV3ForCausalLM(DeepseekV3Config(**{**GROUPED, **fields, "first_k_dense_replace": 3}))
+    with pytest.raises(NotImplementedError, match="latent attention"):
+        get_peft_model(deepseek, config())
+
+
+def test_linear_attention_layers():
+    fields = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "num_experts": 0,
+        "decoder_sparse_step": 10,
+        "mlp_only_layers": [0, 1],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    }
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**{**GROUPED, **fields, "head_dim": 8}))
+    with pytest.raises(NotImplementedError, match="full attention gets the window and sliding attention keeps its own"):
+        get_peft_model(model, config())
+    # Refused before anything was changed.
+    assert not hasattr(model, "_pte_seam")
+    assert "forward" not in vars(model.base_model)
+
+
+def test_models_without_a_growing_layer():
+    model = MistralForCausalLM(MistralConfig(**{**GROUPED, "sliding_window": 16}))
+    with pytest.raises(NotImplementedError, match="`cache_window` has nothing to bound"):
+        get_peft_model(model, config())
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length(rope_type):
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    if rope_type == "longrope":
+        parameters.update(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=128)
+    model = make_base("llama", rope_parameters=parameters)
+    with pytest.raises(NotImplementedError, match=f"rope_type='{rope_type}'"):
+        get_peft_model(model, config())
+
+
+def test_rotary_code_that_cannot_be_found():
+    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128))
+    with pytest.raises(NotImplementedError, match='`key_rotation` must be "kept" for this model, got "removed"'):
+        get_peft_model(gptj, config())
+    # The remedy that the sentence names works.
+    torch.manual_seed(0)
+    model = get_peft_model(gptj.eval(), config(key_rotation="kept"))
+    rollout = roll_out(model, make_prompts(), 2 * WINDOW)
+    with torch.no_grad():
+        assert_close(thought_logits(model, rollout.truncated(2 * WINDOW)), rollout.logits)
+
+
+def test_two_active_adapters():
+    model = make_pte()
+    model.add_adapter("other", config())
+    with pytest.raises(ValueError, match="At most one PTE adapter can be active"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+def test_prompt_beyond_the_positions():
+    model = make_pte(model={"max_position_embeddings": 16})
+    with pytest.raises(ValueError, match="The input is 20 tokens long, and the model has positions for 16"):
+        model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=2)
+
+
+def test_learned_positions_end():
+    model = make_pte("gpt2", model={"n_positions": 32, "max_position_embeddings": 32})
+    with pytest.raises(ValueError, match="the model has positions for 32"):
+        model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=20, do_sample=False)
+
+
+@pytest.mark.parametrize("targets", [".*(q_proj|lm_head)", "all"], ids=str)
+def test_adapted_output_head(targets):
+    fields = {"target_modules": targets if targets != "all" else r".*(proj|head)"}
+    with pytest.raises(ValueError, match="must not reach the output head, got `lm_head`"):
+        get_peft_model(make_base("llama"), config(**fields))
+
+
+def test_targets_that_are_no_linear_layers():
+    with pytest.raises(TypeError, match=r"must name nn\.Linear or transformers' Conv1D layers, got LlamaRMSNorm"):
+        get_peft_model(make_base("llama"), config(target_modules=["input_layernorm"]))
+
+
+def test_not_a_transformers_model():
+    with pytest.raises(TypeError, match="Pass a PreTrainedModel"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), PTEConfig(target_modules=["0"]))
+
+
+def test_cache_of_another_configuration():
+    model = make_pte()
+    cache = PTECache(model.config, config(cache_window=2 * WINDOW))
+    with pytest.raises(ValueError, match="`past_key_values` was built for another adapter configuration"):
+        model.generate(**make_prompts(), max_new_tokens=2, past_key_values=cache)
+
+
+def test_cache_of_another_class():
+    model = make_pte()
+    with pytest.raises(TypeError, match="`past_key_values` must be a PTECache"):
+        model(**make_prompts(), past_key_values=DynamicCache(config=model.config))
+
+
+def test_bounded_cache_without_an_adapter():
+    model = make_pte()
+    cache = roll_out(model, make_prompts(), 3).cache
+    with model.disable_adapter(), pytest.raises(ValueError, match="no PTE adapter is active"):
+        model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_packed_sequences():
+    model = make_pte()
+    ids = torch.ones(1, 8, dtype=torch.long)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(NotImplementedError, match="Packed sequences"):
+        model(input_ids=ids, position_ids=positions, labels=ids)
+
+
+def test_a_mask_that_is_no_padding_mask():
+    model = make_pte()
+    with pytest.raises(NotImplementedError, match="`attention_mask` must be a 2D padding mask"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4), use_cache=True)
+
+
+def test_a_mask_that_forgets_what_was_seen():
+    model = make_pte()
+    cache = roll_out(model, make_prompts(), 3).cache
+    with pytest.raises(ValueError, match="`attention_mask` must cover the 8 tokens seen and the 1 new ones"):
+        model(
+            input_ids=torch.ones(3, 1, dtype=torch.long),
+            attention_mask=torch.ones(3, 1, dtype=torch.long),
+            past_key_values=cache,
+        )
+
+
+def test_prompt_length_outside_the_input():
+    model = make_pte()
+    with pytest.raises(ValueError, match="`prompt_length` must be between 0 and 4 columns, got 5"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), prompt_length=5)
+
+
+def test_attentions_over_segments():
+    model = make_pte()
+    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+    with pytest.raises(NotImplementedError, match="`output_attentions` cannot be joined"):
+        model(**batch, output_attentions=True)
+
+
+def test_layers_called_alone():
+    model = make_pte()
+    with pytest.raises(RuntimeError, match="outside its model's forward pass"):
+        model.base_model.model.model.layers[0].mlp(torch.zeros(1, 2, 32))
+
+
+def test_explicit_triton_where_it_cannot_run(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs on this machine")
+    model = make_pte(impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(NotImplementedError, match='`impl="triton"` needs a CUDA device'):
+        model(**make_prompts())
+
+
+def weights(model):
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    make_pte().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_adapter_on_a_base_of_other_shapes(saved):
+    with pytest.raises(
+        ValueError, match=r"no weight was changed: .* has another shape. The adapter was made for a base"
+    ):
+        PeftModel.from_pretrained(make_base("llama", hidden_size=64), saved)
+
+
+def test_adapter_on_a_base_of_more_layers(saved):
+    with pytest.raises(ValueError, match=r"is missing\. The file is incomplete, or of another configuration"):
+        PeftModel.from_pretrained(make_base("llama", num_hidden_layers=4), saved)
+
+
+def test_adapter_on_a_base_of_fewer_layers(saved):
+    with pytest.raises(ValueError, match="is in the file and not in the model"):
+        PeftModel.from_pretrained(make_base("llama", num_hidden_layers=2), saved)
+
+
+def test_truncated_adapter_file(saved):
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    base = make_base("llama")
+    before = weights(base)
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete"):
+        PeftModel.from_pretrained(base, saved)
+    assert all(
+        torch.equal(before[name.replace(".base_layer", "")], value)
+        for name, value in weights(base).items()
+        if "pte_" not in name
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan"])
+def test_damaged_adapter_leaves_a_loaded_one_alone(damage, saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, path)
+    model = make_pte()
+    before = weights(model)
+    with pytest.raises(ValueError, match="no weight was changed"):
+        model.load_adapter(saved, "default")
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
