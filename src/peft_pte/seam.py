@@ -40,7 +40,7 @@ class Seam:
                 f"`generate` of this transformers version has no `{_HOOKED_METHOD}`, so it cannot be given a bounded "
                 "cache. Install a transformers version that peft-pte is tested with (see its README)."
             )
-        self.model = model
+        self.model: Any = model
         self.backbone: Any = model.base_model
         self.text_config: Any = model.config.get_text_config(decoder=True)
         self.sites = find_sites(model)
@@ -56,6 +56,20 @@ class Seam:
     def of(model: nn.Module) -> Seam | None:
         """The seam installed on ``model``, if any."""
         seam: Seam | None = getattr(model, _ATTRIBUTE, None)
+        return seam
+
+    @staticmethod
+    def require(model: nn.Module) -> Seam:
+        """The seam installed on ``model``.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        seam = Seam.of(model)
+        if seam is None:
+            raise RuntimeError(
+                f"{type(model).__name__} carries no PTE adapter. Use get_peft_model(model, PTEConfig(...))."
+            )
         return seam
 
     def _install(self) -> None:
@@ -115,7 +129,7 @@ class Seam:
 
     def config(self, adapter: str) -> PTEConfig:
         """The config of an adapter."""
-        configs: dict[str, PTEConfig] = self.model.peft_config  # type: ignore[assignment]
+        configs: dict[str, PTEConfig] = self.model.peft_config
         return configs[adapter]
 
     def new_cache(self, adapter: str) -> PTECache:
@@ -252,7 +266,7 @@ def _refuse_generation(generation_config: Any, bounded: bool) -> None:
         )
 
 
-def _refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> None:
+def _refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(self, _ATTRIBUTE).active_adapter() is None:
         return type(self).generate_batch(self, *args, **kwargs)
     raise NotImplementedError(

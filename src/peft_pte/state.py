@@ -32,6 +32,11 @@ class Evicted(NamedTuple):
     valid: Tensor | None
     """``[B, 1 or G, E]``, False for padding; ``None``: all valid."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Evicted:
+        """Apply ``function``, which acts on the batch axis or on the device, to every tensor."""
+        valid = None if self.valid is None else function(self.valid)
+        return Evicted(function(self.keys), function(self.values), function(self.positions), valid)
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -46,9 +51,7 @@ class LayerState:
         """Apply ``function``, which acts on the batch axis or on the device, to every tensor."""
         return LayerState(
             value=None if self.value is None else function(self.value),
-            pending=tuple(
-                Evicted(*(None if part is None else function(part) for part in evicted)) for evicted in self.pending
-            ),
+            pending=tuple(evicted.map(function) for evicted in self.pending),
         )
 
 

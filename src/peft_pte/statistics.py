@@ -60,4 +60,5 @@ def _evictions(cache: PTECache, layout: Layout) -> Tensor:
         lengths = torch.tensor([float(thoughts)])
     else:
         lengths = layout.mask[:, -thoughts:].sum(dim=1).float()
-    return ((lengths - cache.window) / cache.tokens_per_eviction).ceil().clamp(min=0).mean()
+    _, layer = cache.thought_layers[0]
+    return ((lengths - layer.window) / cache.tokens_per_eviction).ceil().clamp(min=0).mean()

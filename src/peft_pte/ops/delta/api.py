@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...shapes import Down, Hidden, State, Up, checked
 from ..implementation import resolve_impl
-from . import reference
 
 
 @checked
@@ -29,7 +28,7 @@ def delta(hidden: Hidden, down: Down, state: State, up: Up, *, scale: float = 1.
         NotImplementedError: ``impl`` cannot run on the device of ``hidden``.
     """
     if resolve_impl(impl, hidden.device) == "triton":
-        from .triton import delta_triton
-
-        return delta_triton(hidden, down, state, up, scale)
-    return reference.delta_reference(hidden, down, state, up, scale)
+        from .triton import delta_triton as compute
+    else:
+        from .reference import delta_reference as compute
+    return compute(hidden, down, state, up, scale)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...shapes import EvictedRows, EvictedValid, Projection, Query, State, checked
 from ..implementation import resolve_impl
-from . import reference
 
 
 @checked
@@ -51,10 +50,12 @@ def encode(
     if attention not in ("linear", "softmax"):
         raise ValueError(f"`attention` must be 'linear' or 'softmax', got {attention!r}.")
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
-    operands = [operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)]
+    state, query, keys, values, key_projection, value_projection = (
+        operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)
+    )
+    if resolve_impl(impl, state.device) == "triton":
+        from .triton import encode_triton as compute
+    else:
+        from .reference import encode_reference as compute
     with torch.autocast(state.device.type, enabled=False):
-        if resolve_impl(impl, state.device) == "triton":
-            from .triton import encode_triton
-
-            return encode_triton(*operands, valid, gain, attention)
-        return reference.encode_reference(*operands, valid, gain, attention)
+        return compute(state, query, keys, values, key_projection, value_projection, valid, gain, attention)

@@ -1,0 +1,100 @@
+"""How the examples train and what they leave behind: progress, checkpoints, `report.json` and `report.png`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import peft
+import torch
+import transformers
+import trl
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+import peft_pte
+from peft_pte.integrations.trl import PTECallback
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def prepare_output(folder: Path, resume: bool) -> None:
+    """Keep the checkpoints of an interrupted run for ``--resume``; those of a finished run make room for a new one."""
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    if resume or not PartialState().is_main_process:
+        return
+    if checkpoints and not (folder / "report.json").exists():
+        raise ValueError(
+            f"`--output-dir` must not hold an unfinished run, got {folder} with {checkpoints[-1].name}. Use --resume to "
+            "continue it, another folder, or delete it."
+        )
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    (folder / "report.json").unlink(missing_ok=True)
+
+
+class Progress(TrainerCallback):
+    """One line per log, of the figures named."""
+
+    def __init__(self, **figures: str) -> None:
+        self.figures, self.start = figures, time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the line, on the main process."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            seconds = time.perf_counter() - self.start
+            shown = [label.format(logs[name]) for name, label in self.figures.items() if name in logs]
+            print(f"step {state.global_step:>3}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
+
+
+def train(trainer: Any, progress: dict[str, str], resume: bool) -> float:
+    """Train with PTE's figures in every log and one line of progress per log; save the adapter; return the seconds."""
+    PTECallback.attach(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(**progress))
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model()
+    return time.perf_counter() - start
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    args: argparse.Namespace,
+    history: list[dict[str, Any]],
+    panels: list[tuple[str, list[tuple[str, str]], float]],
+    **figures: Any,
+) -> None:
+    """``report.json`` with everything, and ``report.png`` with one panel per ``(y label, [(figure, label)], factor)``."""
+    rows = [row for row in history if "loss" in row]
+    report = {
+        "title": title,
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (peft_pte, torch, transformers, peft, trl)},
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        **figures,
+        "history": rows,
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    drawing, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    for axis, (name, curves, factor) in zip(axes, panels, strict=True):
+        for index, (figure, label) in enumerate(curves):
+            points = [(row["step"], row[figure] * factor) for row in rows if row.get(figure) is not None]
+            draw(axis, points, label, f"C{index}", smooth=len(curves) == 1)
+        axis.set(title=name, xlabel="step", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    drawing.suptitle(title)
+    drawing.savefig(folder / "report.png", dpi=130)
+    plt.close(drawing)
