@@ -134,12 +134,13 @@ class PTEEncoder(nn.Module, PTELayer):
             return state
         keys, values = evicted.keys.to(state.dtype), evicted.values.to(state.dtype)
         if settings.rotation_removed and self.rotation is not None:
-            keys = self.rotation.remove(keys, evicted.positions)
+            keys = self.rotation.remove(keys, evicted.positions.to(keys.device))
         valid = None
         if evicted.valid is not None:
-            mask = evicted.valid[..., None]
-            keys, values = torch.where(mask, keys, 0.0), torch.where(mask, values, 0.0)
-            valid = evicted.valid.any(dim=1)
+            # Positions and validity are kept beside the inputs; a model may be spread over devices.
+            mask = evicted.valid.to(keys.device)
+            keys, values = torch.where(mask[..., None], keys, 0.0), torch.where(mask[..., None], values, 0.0)
+            valid = mask.any(dim=1)
         return self._encode(adapter_name, state, _flatten_heads(keys), _flatten_heads(values), valid)
 
     def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:

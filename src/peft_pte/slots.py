@@ -169,12 +169,13 @@ class SlotTable:
     def append(self, positions: Tensor, valid: Tensor | None) -> SlotTable:
         """With tokens at ``positions [B, T]`` behind those it holds."""
         end = self.count + positions.shape[1]
-        wide = positions[:, None].expand(-1, self.positions.shape[1], -1)
+        wide = positions[:, None].expand(-1, self.positions.shape[1], -1).to(self.positions.device)
         mask = self.valid
         if mask is None and valid is not None:
             mask = torch.ones_like(self.positions, dtype=torch.bool)
         if mask is not None:
-            new = wide.new_ones(wide.shape, dtype=torch.bool) if valid is None else valid[:, None].expand_as(wide)
+            new = torch.ones_like(wide, dtype=torch.bool) if valid is None else valid[:, None].expand_as(wide)
+            new = new.to(mask.device)
             mask = mask.slice_scatter(new, dim=2, start=self.count, end=end)
         return SlotTable(self.positions.slice_scatter(wide, dim=2, start=self.count, end=end), mask, end)
 

@@ -127,7 +127,7 @@ class ThoughtLayer(CacheLayerMixin):
             dropped = self.store.evict_oldest(self.prompt, evict)
             return Evicted(dropped.keys, dropped.values, positions, valid)
         keys = self.store.view().keys[:, :, self.prompt :]
-        table = self.table.map(lambda part: part.expand(-1, keys.shape[1], -1))
+        table = self.table.map(lambda part: part.expand(-1, keys.shape[1], -1).to(keys.device))
         leave, stay = policy.select(keys, table.used()[1], evict)
         positions, valid, self._table = table.evict_at(leave, stay)
         dropped = self.store.evict_at(self.prompt, leave, stay)
