@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from peft_pte import PTEConfig
 
-VOCABULARY = 256
+# Small, so that logits do not drown what is looked at; unlike any other width, so that shapes tell what a tensor is.
+VOCABULARY = 80
 POSITIONS = 4096
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 # Larger initial weights than a model is trained from: logits that differ by more than rounding when something is wrong.
@@ -19,9 +20,9 @@ SPREAD = {"initializer_range": 0.1}
 GROUPED = {
     **COMMON,
     **SPREAD,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
@@ -29,8 +30,8 @@ GROUPED = {
 LEARNED = {
     **COMMON,
     **SPREAD,
-    "n_embd": 256,
-    "n_layer": 6,
+    "n_embd": 192,
+    "n_layer": 8,
     "n_head": 8,
     "n_positions": POSITIONS,
     "resid_pdrop": 0.0,

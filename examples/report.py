@@ -72,10 +72,10 @@ def write_report(
     title: str,
     args: argparse.Namespace,
     history: list[dict[str, Any]],
-    panels: list[tuple[str, list[tuple[str, str]], float]],
+    panels: list[tuple[str, list[tuple[str, str | None]], float]],
     **figures: Any,
 ) -> None:
-    """``report.json`` with everything, and ``report.png`` with one panel per ``(y label, [(figure, label)], factor)``."""
+    """``report.json`` with everything, and ``report.png`` with one panel per ``(title, [(figure, label)], factor)``."""
     rows = [row for row in history if "loss" in row]
     report = {
         "title": title,
@@ -87,14 +87,28 @@ def write_report(
         "history": rows,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    drawing, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    for axis, (name, curves, factor) in zip(axes, panels, strict=True):
+    drawing, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (name, curves, factor) in zip(axes[0], panels, strict=True):
         for index, (figure, label) in enumerate(curves):
             points = [(row["step"], row[figure] * factor) for row in rows if row.get(figure) is not None]
-            draw(axis, points, label, f"C{index}", smooth=len(curves) == 1)
+            draw_curve(axis, points, label, f"C{index}")
         axis.set(title=name, xlabel="step", ylim=(0, None))
+        axis.margins(y=0.15)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="best")
     drawing.suptitle(title)
     drawing.savefig(folder / "report.png", dpi=130)
     plt.close(drawing)
+
+
+def draw_curve(axis: Any, points: list[tuple[int, float]], label: str | None, color: str) -> None:
+    """One curve; without a label it is a noisy one, and drawn as dots with the mean of the last steps."""
+    steps, values = zip(*points, strict=True)
+    span = max(2, len(values) // 4) if label is None else 1
+    if label is None:
+        axis.plot(steps, values, "o", color=color, alpha=0.35, markersize=4)
+        label = f"mean of the last {span} steps"
+    means = [sum(part) / len(part) for part in (values[max(0, i + 1 - span) : i + 1] for i in range(len(values)))]
+    axis.plot(steps, means, color=color, linewidth=2.2, label=label)

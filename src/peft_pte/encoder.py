@@ -78,6 +78,10 @@ class PTEEncoder(nn.Module, PTELayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.settings)
 
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has the adapter."""
+        return adapter_name in self.settings
+
     def update_layer(self, adapter_name: str, config: PTEConfig, rank: int) -> None:
         """Add (or replace) the encoder of ``adapter_name`` with states of ``rank`` columns."""
         self.settings[adapter_name] = EncoderSettings(

@@ -48,10 +48,16 @@ class PTELayer(BaseTunerLayer):
 
     def current_adapter(self) -> str | None:
         """The adapter in use, or ``None`` while adapters are disabled or this layer lacks the active one."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return None
-        available = self._get_available_adapters()
-        return next((name for name in self.active_adapters if name in available), None)
+        for name in self.active_adapters:
+            if self.holds(name):
+                return name
+        return None
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has the adapter; asked once per layer and token, so no set is built to answer."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: a dynamic weight has no merged form."""
@@ -92,6 +98,10 @@ class PTELinear(nn.Module, PTELayer):
         self.pte_up[adapter_name] = nn.Linear(config.num_queries, self.out_features, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has the adapter."""
+        return adapter_name in self.r
 
     def reset_parameters(self, adapter_name: str, identity: bool) -> None:
         """Kaiming-uniform ``pte_down``; zeros in ``pte_up`` where ``identity``, Kaiming-uniform too where not."""

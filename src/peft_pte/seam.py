@@ -241,8 +241,11 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, An
         if model_kwargs.get("past_key_values") is None:
             cache = seam.new_cache(adapter)
             mask = model_kwargs.get("attention_mask")
-            # `generate` drops a mask of ones, and leaves a note of its length.
-            cache.prompt_limit = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if mask is not None:
+                cache.prompt_limit = mask.shape[1]
+            elif generation_config.max_new_tokens is not None:
+                # `generate` drops a mask of ones, but has added the prompt to the length that was asked for.
+                cache.prompt_limit = generation_config.max_length - generation_config.max_new_tokens
             model_kwargs["past_key_values"] = cache
             return None
     return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, *args, **kwargs)
