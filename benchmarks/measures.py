@@ -151,7 +151,7 @@ def replay_error(
                         "cache": f"PTE, {policy}" if ours else "base model",
                         "evictions": rollout.evictions if ours else 0,
                         "max_abs_log_prob_difference": error,
-                        "slots_that_differ": _slots_that_differ(rollout, replay) if ours else 0.0,
+                        "thoughts_that_differ": _thoughts_that_differ(rollout, replay) if ours else 0.0,
                     }
 
 
@@ -179,14 +179,13 @@ def _replay(model: Any, batch: dict[str, Tensor], thoughts: int) -> tuple[float,
     return float((scored - torch.cat(decoded, dim=1)).abs().max()), cache, output.past_key_values
 
 
-def _slots_that_differ(rollout: Any, replay: Any) -> float:
-    """Share of thought slots, over layers, rows and heads, that hold another token after scoring than after decoding."""
+def _thoughts_that_differ(rollout: Any, replay: Any) -> float:
+    """Share of thoughts held after decoding, over layers, rows and heads, that are not held after scoring."""
     differ = []
     for (_, decoded), (_, scored) in zip(rollout.thought_layers, replay.thought_layers, strict=True):
-        # Scoring wrote the last thought, decoding sampled it only.
-        count = decoded.table.count
-        kept, found = (layer.table.positions[..., :count] for layer in (decoded, scored))
-        differ.append((kept != found).float().mean())
+        # As sets: one token more or less would shift all slots behind it.
+        kept, found = (layer.table.used()[0] for layer in (decoded, scored))
+        differ.append((kept[..., :, None] != found[..., None, :]).all(dim=-1).float().mean())
     return float(torch.stack(differ).mean())
 
 

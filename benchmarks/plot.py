@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  The backend comes first.
+from matplotlib import pyplot as plt
 
 STYLES = {
     "PTE, sliding_window": ("PTE", "C0", "-"),
@@ -34,7 +34,7 @@ def draw(results: dict[str, Any], path: Path, model: str = "Llama") -> None:
         axis.set(ylabel="MiB", ylim=(0, None), xlim=(0, None))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="center right")
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.2, 1.0))
     drawing.suptitle(f"{model}-shaped model, 8 layers of width 192, float32, measured on a CPU")
     drawing.savefig(path, dpi=130)
     plt.close(drawing)

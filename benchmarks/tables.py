@@ -38,14 +38,17 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def _provenance(results: dict[str, Any]) -> str:
-    # Sections measured on their own (`--only`) say so by their own source.
-    sources = {json.dumps(section["source"]["versions"]): section["source"] for section in results.values()}
-    lines = []
-    for source in sources.values():
-        versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+    # Sections may have been measured on their own (`--only`), by another commit.
+    sections: dict[str, list[str]] = {}
+    for name, section in results.items():
+        source = section["source"]
+        versions = ", ".join(f"{package} {version}" for package, version in source["versions"].items())
         commit = (source["commit"] or "unknown")[:12] + (" with uncommitted changes" if source["dirty"] else "")
         hardware = f"{source['cpu']}, {source['cores']} cores, {source['gpu'] or 'no GPU'}"
-        lines.append(f"`{source['command']}` on {source['date'][:10]}; {hardware}; {versions}; commit {commit}.")
+        line = f"`{source['command']}` on {source['date'][:10]}; {hardware}; {versions}; commit {commit}."
+        sections.setdefault(line, []).append(name.replace("_", " "))
+    alone = len(sections) == 1
+    lines = [line if alone else f"{', '.join(names)}: {line}" for line, names in sections.items()]
     return (
         "Measured on small random models (8 layers, width 192, float32 unless said otherwise) of the named architectures; "
         "bytes are those of tensor storages, not of the process. What is computed and not measured is labelled so.\n\n"
@@ -96,8 +99,18 @@ def _training(main: Rows, variants: Rows) -> str:
         "linears, its own full attention, layers checkpointed. Last columns, bytes per token: growth of the peak and of "
         "what is held from forward to backward (both between the two longest), beside keys and values of one token and "
         f"one hidden vector (computed). The allocator's own count of the peak, taken at {len(checked)} points, is within "
-        f"{gap:.1%}.\n\n" + table(header, body, left=2)
+        f"{gap:.1%}. {_crossing(main)}\n\n" + table(header, body, left=2)
     )
+
+
+def _crossing(rows: Rows) -> str:
+    """Up to which of the lengths measured LoRA needs less."""
+    parts = []
+    for (model,), group in _pivot(rows, ("model",)).items():
+        peaks = {(row["method"], row["completion"]): row["peak_bytes"] for row in group}
+        less = [length for method, length in peaks if method == "lora" and peaks["lora", length] < peaks["pte", length]]
+        parts.append(f"{model} up to {max(less):,}" if less else f"{model} at none")
+    return f"LoRA needs less at short completions, of the lengths measured: {', '.join(parts)}."
 
 
 def _method(name: str) -> str:
@@ -121,15 +134,15 @@ def _replay(rows: Rows) -> str:
         "**Replay against rollout: largest |log-prob difference| over all thoughts (measured).** "
         f"{len(rows[0]['prompts'])} left-padded prompts, {rows[0]['thoughts']} sampled thoughts in a window of "
         f"{rows[0]['window']}, {longest} evictions, adapters far from the identity; the base model's own decoding against "
-        "its own forward is the yardstick of the dtype. In brackets: share of slots that hold another token after "
-        "scoring than after decoding, where any do. transformers' eager attention takes its softmax in float32 in every "
+        "its own forward is the yardstick of the dtype. In brackets: share of the thoughts held after decoding that "
+        "are not held after scoring, where there are any. transformers' eager attention takes its softmax in float32 in every "
         "dtype, and float64 under eager was measured on prompts of one length, since padding is 0 / 0 there.\n\n"
         + table(header, body, left=2)
     )
 
 
 def _error(row: dict[str, Any]) -> str:
-    differ = f" ({row['slots_that_differ']:.1%})" if row["slots_that_differ"] else ""
+    differ = f" ({row['thoughts_that_differ']:.1%})" if row["thoughts_that_differ"] else ""
     return f"{row['max_abs_log_prob_difference']:.1e}{differ}"
 
 

@@ -204,6 +204,8 @@ class PTECache(Cache):
         Raises:
             ValueError: An evicted token, or a token of the prompt, would have to come back or go.
         """
+        # Some versions of `generate` count in 0-d tensors.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove == 0:
             return super().crop(0)
         if self.evictions:
