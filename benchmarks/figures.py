@@ -48,7 +48,8 @@ FULL: dict[str, dict[str, Any]] = {
     "replay": {
         "window": 16,
         "multiple": 6,
-        "prompt_lengths": [12, 5, 9, 11, 3, 7],
+        # Three: from four rows on, MKL multiplies float64 row by row alike and the error would be an uninformative 0.
+        "prompt_lengths": [12, 5, 9],
         "dtypes": ["float64", "float32", "bfloat16", "float16"],
         "families": ["Llama", "Qwen2", "GPT-2"],
     },

@@ -9,6 +9,8 @@ from transformers import (
     GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -19,12 +21,20 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCABULARY = 61
@@ -92,6 +102,56 @@ MODELS = {
     "granite": (GraniteForCausalLM, GraniteConfig, {**GROUPED, "attention_multiplier": 8**-0.5}),
     # Partial and interleaved rotary.
     "glm": (GlmForCausalLM, GlmConfig, {**GROUPED, "head_dim": 8, "partial_rotary_factor": 0.5}),
+    # Rotary dimensions split off before the rotary code, not in it.
+    "phi": (
+        PhiForCausalLM,
+        PhiConfig,
+        {**GROUPED, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
+    ),
+    # The causal LM calls a decoder inside its base model.
+    "opt": (
+        OPTForCausalLM,
+        OPTConfig,
+        {
+            **COMMON,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "init_std": 0.3,
+            "dropout": 0.0,
+        },
+    ),
+    # One key head for all query heads.
+    "gpt_bigcode": (
+        GPTBigCodeForCausalLM,
+        GPTBigCodeConfig,
+        {
+            **COMMON,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
+    # Shared experts, which see the batch flattened, beside fused routed ones.
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    # Layers without rotation between layers with it.
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {**GROUPED, "no_rope_layers": [1, 0, 1]}),
     # Sliding attention beside full attention.
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
@@ -108,4 +168,6 @@ def make_base(name, *, attn_implementation="eager", **overrides):
     model_class, config_class, arguments = MODELS[name]
     config = config_class(**{**arguments, **overrides})
     config._attn_implementation = attn_implementation
+    # The fast one has no float64.
+    config._experts_implementation = "eager"
     return model_class(config).eval()

@@ -205,6 +205,19 @@ def test_cache_of_another_configuration():
         model.generate(**make_prompts(), max_new_tokens=2, past_key_values=cache)
 
 
+def test_cache_of_another_adapter():
+    model = make_pte()
+    cache = roll_out(model, make_prompts(), 3).cache
+    model.add_adapter("other", config())
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="holds thoughts of the adapter 'default', got the adapter 'other' now"):
+        model(
+            input_ids=torch.ones(3, 1, dtype=torch.long),
+            attention_mask=torch.ones(3, 9, dtype=torch.long),
+            past_key_values=cache,
+        )
+
+
 def test_cache_of_another_class():
     model = make_pte()
     with pytest.raises(TypeError, match="`past_key_values` must be a PTECache"):
@@ -254,6 +267,25 @@ def test_attentions_over_segments():
     batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
     with pytest.raises(NotImplementedError, match="`output_attentions` cannot be joined"):
         model(**batch, output_attentions=True)
+
+
+def test_an_interrupted_call_leaves_nothing_behind():
+    # always_call hooks do not run on KeyboardInterrupt.
+    model = make_pte()
+    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+    backbone = model.base_model.model.model
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = backbone(**plain).last_hidden_state
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        hook = backbone.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        hook.remove()
+        assert torch.equal(backbone(**plain).last_hidden_state, expected)
 
 
 def test_layers_called_alone():

@@ -41,6 +41,7 @@ class PTECache(Cache):
         prompt_limit: Columns after which the first call holds thoughts already (assisted decoding sends its first
             candidates along with the prompt); ``None``: the first call is the prompt.
         evictions: Evictions so far.
+        adapter: Name of the adapter whose states these are, once one used the cache.
         state: The thought state of the sequences.
 
     Raises:
@@ -62,6 +63,7 @@ class PTECache(Cache):
         self.policy = make_policy(pte_config.eviction)
         self.fingerprint = fingerprint(pte_config)
         self.state = ThoughtState(len(layers))
+        self.adapter: str | None = None
         self.evictions = 0
         self.prompt_length: int | None = None
         self.prompt_limit: int | None = None
@@ -196,7 +198,7 @@ class PTECache(Cache):
         """Forget everything; the next call starts with a prompt."""
         super().reset()
         self.state.reset()
-        self.evictions, self.prompt_length, self.prompt_mask = 0, None, None
+        self.evictions, self.prompt_length, self.prompt_mask, self.adapter = 0, None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` thoughts back.

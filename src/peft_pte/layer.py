@@ -117,11 +117,11 @@ class PTELinear(nn.Module, PTELayer):
         adapter = self.current_adapter()
         if adapter is None:
             return result
-        state = self._state_for(x, adapter)
+        x, state = self._by_sequence(x, adapter)
         down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
         update = delta(
-            hidden if hidden.ndim == 3 else hidden[:, None],
+            hidden,
             down,
             state,
             up,
@@ -130,13 +130,18 @@ class PTELinear(nn.Module, PTELayer):
         )
         return result + update.reshape(result.shape).to(result.dtype)
 
-    def _state_for(self, x: Tensor, adapter: str) -> Tensor:
-        state = read_state(self.layer_index)[..., : self.r[adapter]]
-        if x.ndim in (2, 3) and x.shape[0] == state.shape[0]:
-            return state
+    def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+        """The input as ``[B, T, in]`` and the state that each of its sequences reads."""
+        state, tokens = read_state(self.layer_index)
+        batch = state.shape[0]
+        if x.ndim == 3 and x.shape[0] == batch:
+            return x, state[..., : self.r[adapter]]
+        # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
+        if x.ndim == 2 and x.shape[0] == batch * tokens and ".experts." not in self.name:
+            return x.reshape(batch, tokens, -1), state[..., : self.r[adapter]]
         raise ValueError(
-            f"`{self.name}` got an input of shape {tuple(x.shape)} for {state.shape[0]} sequences: its rows cannot be "
-            "told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
+            f"`{self.name}` got an input of shape {tuple(x.shape)} for {batch} sequences of {tokens} tokens: its rows "
+            "cannot be told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
             f"[{self.name.rpartition('.')[2]!r}]."
         )
 

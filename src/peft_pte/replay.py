@@ -69,7 +69,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     config = seam.config(adapter)
     call = _sort_arguments(seam, arguments)
     if call.cache is not None:
-        _check_cache(call.cache, config)
+        _check_cache(call.cache, config, adapter)
     batch, columns = call.shape
     fresh = call.cache is None or call.cache.get_seq_length() == 0
     boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
@@ -135,7 +135,7 @@ def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     )
 
 
-def _check_cache(cache: Any, config: PTEConfig) -> None:
+def _check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
     if not isinstance(cache, PTECache):
         raise TypeError(
             f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
@@ -146,13 +146,19 @@ def _check_cache(cache: Any, config: PTEConfig) -> None:
             f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
             f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
         )
+    if cache.adapter not in (None, adapter):
+        raise ValueError(
+            f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
+            "can read the other's states. Activate the first again, or start with a cache of its own."
+        )
+    cache.adapter = adapter
 
 
 def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
     """Without a cache: every token is prompt (or the cache is unbounded), so every adapter reads ``S0``."""
 
     def fresh() -> _Reader:
-        return _Reader(seam, adapter, seam.new_cache(adapter), call.shape[0])
+        return _Reader(seam, adapter, seam.new_cache(adapter), call.shape)
 
     positions = _positions(call, 0)
     with bind(fresh()), _checkpoints_bound(seam, fresh):
@@ -167,7 +173,7 @@ def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
 
 
 def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any:
-    with bind(_Reader(seam, adapter, cache, call.shape[0])), _layers_uncheckpointed(seam):
+    with bind(_Reader(seam, adapter, cache, call.shape)), _layers_uncheckpointed(seam):
         return seam.inner(
             **call.tokens,
             attention_mask=None if call.mask is None else call.mask.long(),
@@ -253,12 +259,11 @@ def _run_segment(
 ) -> tuple[Any, PTECache]:
     if evict:
         cache.evict(seam.encoded_layers)
-    batch = positions.shape[0]
     writes_prompt = cache.get_seq_length() == 0 and cache.prompt_length != 0
     mask = seam.attention_mask(cache, positions, valid, column_mask)
     if not writes_prompt:
         cache.record(positions, valid)
-    with bind(_Reader(seam, adapter, cache, batch)), _layers_uncheckpointed(seam):
+    with bind(_Reader(seam, adapter, cache, (positions.shape[0], positions.shape[1]))), _layers_uncheckpointed(seam):
         output = seam.inner(
             **tokens,
             attention_mask=mask,
@@ -278,8 +283,9 @@ def _run_from(segment: Callable[[PTECache], tuple[Any, PTECache]], start: PTECac
 class _Reader:
     """Gives each layer's adapters their state, encoding what the layer lost when they first ask."""
 
-    def __init__(self, seam: Seam, adapter: str, cache: PTECache, batch: int) -> None:
-        self.seam, self.adapter, self.cache, self.batch = seam, adapter, cache, batch
+    def __init__(self, seam: Seam, adapter: str, cache: PTECache, shape: tuple[int, int]) -> None:
+        self.seam, self.adapter, self.cache = seam, adapter, cache
+        self.batch, self.tokens = shape
 
     def __call__(self, layer_index: int) -> Tensor:
         layer = self.cache.state.layers[layer_index]

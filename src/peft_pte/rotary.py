@@ -53,8 +53,10 @@ class Rotation:
         cos, sin = self.cos_sin(positions.reshape(batch * groups, evicted), keys.dtype)
         square = self._scaling() ** 2
         rows = keys.reshape(batch * groups, heads // groups, evicted, head_dim)
-        _, plain = self.apply(rows, rows, cos / square, -sin / square)
-        return plain.reshape(keys.shape)
+        # Where only the first dimensions are rotated, some models split them off before their rotary code and some in it.
+        rotated, unrotated = rows[..., : cos.shape[-1]], rows[..., cos.shape[-1] :]
+        _, plain = self.apply(rotated, rotated, cos / square, -sin / square)
+        return torch.cat([plain, unrotated], dim=-1).reshape(keys.shape)
 
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"
@@ -66,13 +68,20 @@ class _CapturedError(Exception):
 
 
 class _ProbeCache:
-    """Stands where a cache stands, and keeps the first keys it is given."""
+    """Stands where a cache stands, and keeps the first keys and values it is given."""
 
     keys: Tensor
+    values: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = keys
+        self.keys, self.values = keys, values
         raise _CapturedError
+
+
+def has_numbers(module: nn.Module) -> bool:
+    """Whether the weights of ``module`` are here (not on the meta device, not sharded away)."""
+    weight = next(module.parameters())
+    return weight.device.type != "meta" and weight.numel() > 0
 
 
 def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | None) -> Rotation | None:
@@ -87,8 +96,7 @@ def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | N
             the config field that avoids the need.
     """
     rotation = _structural_rotation(attention, backbone, layer_type)
-    weight = next(attention.parameters())
-    if weight.device.type == "meta" or weight.numel() == 0:
+    if not has_numbers(attention):
         return rotation
     if rotation is None:
         if _uses_rotary(backbone):
@@ -99,18 +107,55 @@ def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | N
                 )
             )
         return None
-    first, second = (_probe_keys(attention, rotation, position) for position in _PROBE_POSITIONS)
-    if _close(first, second):
-        return None
-    plain = [
-        rotation.remove(keys, torch.tensor([[[position]]], device=keys.device))
-        for keys, position in zip((first, second), _PROBE_POSITIONS, strict=True)
-    ]
+    try:
+        probes = [probe(attention, backbone, rotation, position).keys for position in _PROBE_POSITIONS]
+        if _close(*probes):
+            return None
+        plain = [
+            rotation.remove(keys, torch.tensor([[[position]]], device=keys.device))
+            for keys, position in zip(probes, _PROBE_POSITIONS, strict=True)
+        ]
+    except (TypeError, RuntimeError) as error:
+        raise NotImplementedError(
+            _REMEDY.format(reason=f"the rotary code of {type(attention).__name__} cannot be tried alone ({error}).")
+        ) from error
     if not _close(*plain):
         raise NotImplementedError(
             _REMEDY.format(reason=f"undoing the rotation of {type(attention).__name__} did not give its keys back.")
         )
     return rotation
+
+
+def probe(attention: nn.Module, backbone: nn.Module, rotation: Rotation | None, position: int) -> _ProbeCache:
+    """What one random token at ``position`` leaves in the cache, in float32 or float64.
+
+    Raises:
+        TypeError: The layer cannot be called with the arguments that transformers' layers take.
+        RuntimeError: The layer does not hand its keys to the cache, or fails.
+    """
+    weight = next(parameter for parameter in attention.parameters() if parameter.ndim == 2)
+    config: Any = getattr(attention, "config", backbone.config)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1, config.hidden_size, generator=generator).to(weight.device)
+    hidden = hidden.to(weight.dtype) if weight.is_floating_point() else hidden
+    positions = torch.tensor([[position]], device=weight.device)
+    accepted = inspect.signature(attention.forward).parameters
+    arguments: dict[str, Any] = {"attention_mask": None}
+    if rotation is not None:
+        arguments["position_embeddings"] = rotation.cos_sin(positions, hidden.dtype)
+    if "position_ids" in accepted:
+        arguments["position_ids"] = positions
+    cache = _ProbeCache()
+    # The argument that takes the cache is the one thing architectures do not agree on.
+    arguments["layer_past" if "layer_past" in accepted else "past_key_values"] = cache
+    try:
+        with torch.no_grad():
+            attention(hidden_states=hidden, **arguments)
+    except _CapturedError:
+        wide = torch.float64 if cache.keys.dtype == torch.float64 else torch.float32
+        cache.keys, cache.values = cache.keys.to(wide), cache.values.to(wide)
+        return cache
+    raise RuntimeError(f"{type(attention).__name__} does not hand its keys to the cache it is given")
 
 
 def _structural_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | None) -> Rotation | None:
@@ -126,30 +171,6 @@ def _uses_rotary(backbone: nn.Module) -> bool:
     config: Any = backbone.config
     names = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_emb_base")
     return any(getattr(config, name, None) is not None for name in names) or getattr(config, "rotary", False)
-
-
-def _probe_keys(attention: nn.Module, rotation: Rotation, position: int) -> Tensor:
-    weight = next(parameter for parameter in attention.parameters() if parameter.ndim == 2)
-    config: Any = attention.config
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 1, config.hidden_size, generator=generator).to(weight.device)
-    hidden = hidden.to(weight.dtype) if weight.is_floating_point() else hidden
-    cos_sin = rotation.cos_sin(torch.tensor([[position]], device=weight.device), hidden.dtype)
-    cache = _ProbeCache()
-    # The argument that takes the cache is the one thing architectures do not agree on.
-    name = "layer_past" if "layer_past" in inspect.signature(attention.forward).parameters else "past_key_values"
-    try:
-        with torch.no_grad():
-            attention(hidden_states=hidden, position_embeddings=cos_sin, attention_mask=None, **{name: cache})
-    except _CapturedError:
-        return cache.keys.double() if cache.keys.dtype == torch.float64 else cache.keys.float()
-    except TypeError as error:
-        raise NotImplementedError(
-            _REMEDY.format(reason=f"{type(attention).__name__} cannot be called alone ({error}).")
-        ) from error
-    raise NotImplementedError(
-        _REMEDY.format(reason=f"{type(attention).__name__} does not hand its keys to the cache it is given.")
-    )
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

@@ -24,7 +24,7 @@ from .config import PTEConfig
 from .encoder import CHILD_NAME, PTEEncoder
 from .layout import Layout, PromptSpec
 from .replay import run
-from .sites import find_sites
+from .sites import find_backbone, find_sites
 from .statistics import Statistics
 
 _ATTRIBUTE = "_pte_seam"
@@ -41,9 +41,9 @@ class Seam:
                 "cache. Install a transformers version that peft-pte is tested with (see its README)."
             )
         self.model: Any = model
-        self.backbone: Any = model.base_model
         self.text_config: Any = model.config.get_text_config(decoder=True)
         self.sites = find_sites(model)
+        self.backbone: Any = find_backbone(model, next(iter(self.sites.values())).attention_name)
         self.rotary = any(site.rotation is not None or site.rotation_error for site in self.sites.values())
         self.checkpointable: list[Any] = [
             module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
@@ -191,7 +191,7 @@ class Seam:
                     "evicted. Enable the adapter, or leave the cache out."
                 )
             return self.inner(**arguments)
-        return run(self, adapter, arguments, self._calls.current())
+        return run(self, adapter, arguments, self._calls.take())
 
 
 class _Calls(threading.local):
@@ -200,8 +200,12 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.stack: list[PromptSpec] = []
 
-    def current(self) -> PromptSpec:
-        return self.stack[-1] if self.stack else PromptSpec()
+    def take(self) -> PromptSpec:
+        """What the call said; once, so that a call which never came to its end leaves nothing to the next one."""
+        if not self.stack:
+            return PromptSpec()
+        spec, self.stack[-1] = self.stack[-1], PromptSpec()
+        return spec
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Calls:
         return _Calls()

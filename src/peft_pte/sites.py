@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from .config import PTEConfig
 from .layer import is_linear
-from .rotary import Rotation, find_rotation
+from .rotary import Rotation, find_rotation, has_numbers, probe
 
 # Models whose backbone takes one prepared mask per layer type, which sliding and bounded layers side by side need.
 _MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text")
@@ -44,7 +44,6 @@ def find_sites(model: PreTrainedModel) -> dict[int, Site]:
     """
     config = model.config.get_text_config(decoder=True)
     _refuse_architecture(model, config)
-    backbone = model.base_model
     layer_types = getattr(config, "layer_types", None)
     sites: dict[int, Site] = {}
     for name, module in model.named_modules():
@@ -58,13 +57,21 @@ def find_sites(model: PreTrainedModel) -> dict[int, Site]:
                 "one attention layer per decoder layer."
             )
         layer_type = layer_types[index] if layer_types else None
+        backbone = find_backbone(model, name)
         rotation, error = None, None
         try:
             rotation = find_rotation(module, backbone, layer_type)
         except NotImplementedError as raised:
             error = raised
         sites[index] = Site(
-            index, name.rpartition(".")[0], name, module, layer_type, _kv_width(module, config), rotation, error
+            index,
+            name.rpartition(".")[0],
+            name,
+            module,
+            layer_type,
+            _kv_width(module, backbone, rotation),
+            rotation,
+            error,
         )
     if not sites:
         raise NotImplementedError(
@@ -148,7 +155,36 @@ def _rope_types(config: Any) -> set[str]:
     return {str(entry.get("rope_type", "default")) for entry in nested}
 
 
-def _kv_width(attention: nn.Module, config: Any) -> int:
+def find_backbone(model: PreTrainedModel, attention_name: str) -> PreTrainedModel:
+    """The innermost model that holds the attention layer: the one whose forward every caller ends in."""
+    backbone, name = model, attention_name
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+    return backbone
+
+
+def _kv_width(attention: nn.Module, backbone: Any, rotation: Rotation | None) -> int:
+    """``D``, from what the layer writes to its cache where it can be tried alone, else from its config.
+
+    Raises:
+        NotImplementedError: Keys and values have different widths.
+    """
+    try:
+        written = probe(attention, backbone, rotation, 0) if has_numbers(attention) else None
+    except (TypeError, RuntimeError, AttributeError):
+        written = None  # Not a layer that can be tried alone: the config has to do.
+    if written is not None:
+        widths = {part.shape[1] * part.shape[3] if part.ndim == 4 else -1 for part in (written.keys, written.values)}
+        if len(widths) > 1 or -1 in widths:
+            raise NotImplementedError(
+                f"{type(attention).__name__} caches keys of shape {tuple(written.keys.shape)} and values of shape "
+                f"{tuple(written.values.shape)}. PTE supports layers that cache both as [B, G, T, head_dim]."
+            )
+        return widths.pop()
+    config = getattr(attention, "config", backbone.config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     for owner, name in ((attention, "head_dim"), (attention, "head_size"), (config, "head_dim")):

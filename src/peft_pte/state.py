@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -97,27 +97,37 @@ class ThoughtState:
 _bound = threading.local()
 
 
+class StateReader(Protocol):
+    """What lends the adapters of one forward pass their states."""
+
+    tokens: int
+    """Tokens ``T`` per sequence in this pass."""
+
+    def __call__(self, layer_index: int) -> Tensor:
+        """The state ``S [B, Q, R]`` of a layer."""
+
+
 @contextmanager
-def bind(read: Callable[[int], Tensor]) -> Iterator[None]:
-    """Within the block, on this thread, ``read(layer_index)`` gives the adapters their state ``[B, Q, R]``."""
-    previous = getattr(_bound, "read", None)
-    _bound.read = read
+def bind(reader: StateReader) -> Iterator[None]:
+    """Within the block, on this thread, adapters read their states from ``reader``."""
+    previous = getattr(_bound, "reader", None)
+    _bound.reader = reader
     try:
         yield
     finally:
-        _bound.read = previous
+        _bound.reader = previous
 
 
-def read_state(layer_index: int) -> Tensor:
-    """The state ``S [B, Q, R]`` of ``layer_index`` in the forward pass that runs on this thread.
+def read_state(layer_index: int) -> tuple[Tensor, int]:
+    """The state ``S [B, Q, R]`` of ``layer_index`` and the tokens ``T`` per sequence of the pass on this thread.
 
     Raises:
         RuntimeError: No forward pass of an adapted model runs on this thread.
     """
-    read: Callable[[int], Tensor] | None = getattr(_bound, "read", None)
-    if read is None:
+    reader: StateReader | None = getattr(_bound, "reader", None)
+    if reader is None:
         raise RuntimeError(
             "An adapted layer ran outside its model's forward pass, so there is no thought state for it to read. Call "
             "the model (or its backbone) instead of one of its layers."
         )
-    return read(layer_index)
+    return reader(layer_index), reader.tokens
