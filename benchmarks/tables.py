@@ -74,7 +74,7 @@ def _cache(rows: Rows) -> str:
     header = ["model", "cache", *(f"{length:,}" for length in lengths)]
     return (
         f"**Cache while decoding, KiB by thoughts decoded (measured).** {first['batch']} sequences, prompt of "
-        f"{first['prompt']} columns, window {first['window']}. {exact} of {len(computed)} points equal the formula that "
+        f"{first['prompt']} columns, window {first['window']}. {exact} of {len(computed)} points (the base model's, and PTE's from the first eviction on) equal the formula that "
         f"the last table computes with, to the byte.\n\n" + table(header, body, left=2)
     )
 
@@ -135,8 +135,8 @@ def _replay(rows: Rows) -> str:
         f"{len(rows[0]['prompts'])} left-padded prompts, {rows[0]['thoughts']} sampled thoughts in a window of "
         f"{rows[0]['window']}, {longest} evictions, adapters far from the identity; the base model's own decoding against "
         "its own forward is the yardstick of the dtype. In brackets: share of the thoughts held after decoding that "
-        "are not held after scoring, where there are any. transformers' eager attention takes its softmax in float32 in every "
-        "dtype, and float64 under eager was measured on prompts of one length, since padding is 0 / 0 there.\n\n"
+        "are not held after scoring, where there are any. Eager attention of Llama and Qwen2 takes its softmax in "
+        "float32 in every dtype; float64 under eager was measured on prompts of one length, since padding is 0 / 0 there.\n\n"
         + table(header, body, left=2)
     )
 
