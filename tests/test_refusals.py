@@ -198,6 +198,11 @@ def test_not_a_transformers_model():
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), PTEConfig(target_modules=["0"]))
 
 
+def test_choosing_by_keys_in_half_precision_warns():
+    with pytest.warns(UserWarning, match="choose differently in a rollout and in its replay"):
+        make_pte(dtype=torch.bfloat16, eviction="key_diff")
+
+
 def test_cache_of_another_configuration():
     model = make_pte()
     cache = PTECache(model.config, config(cache_window=2 * WINDOW))

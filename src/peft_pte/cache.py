@@ -81,6 +81,11 @@ class PTECache(Cache):
         return [(index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, ThoughtLayer)]
 
     @property
+    def missing_prompt(self) -> int:
+        """Columns of the prompt that were not written yet."""
+        return max((self.prompt_length or 0) - self.get_seq_length(), 0)
+
+    @property
     def room(self) -> int:
         """Thoughts that can be written before the next eviction."""
         _, layer = self.thought_layers[0]
@@ -161,7 +166,9 @@ class PTECache(Cache):
         kept = valid_thoughts[:, 0] if uniform and valid_thoughts is not None else None
         parts: list[tuple[Tensor | None, int]] = [(valid, length)]
         if layer.slots:
-            parts = [(self.prompt_mask, layer.prompt), (kept, table.count), *parts]
+            written = min(layer.slots, layer.prompt)
+            prompt_mask = None if self.prompt_mask is None else self.prompt_mask[:, :written]
+            parts = [(prompt_mask, written), (kept, table.count), *parts]
         if all(mask is None for mask, _ in parts):
             return None
         batch = table.positions.shape[0]

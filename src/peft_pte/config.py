@@ -73,7 +73,7 @@ class PTEConfig(PeftConfig):
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
         key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
-            ``False``: they are detached where a segment ends; the gradient still flows through the states.
+            ``False``: they are detached at every eviction; the gradient still flows through the states.
         impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. A choice of the machine, not of the
             adapter: it is not saved.
 

@@ -3,8 +3,9 @@
 A segment ends where an eviction is due: ``[prompt] [first W thoughts] [m thoughts] [m thoughts] ...``. Decoding is the
 case of one token per call, so a rollout and its replay run the same code on the same slots, positions and states.
 
-With gradient checkpointing the segment is the unit that is recomputed, evictions and encoding included; memory is then
-one segment's activations and the keys and values of the scored tokens.
+With gradients no segment is longer than ``m``: prompt and first window come in pieces. With gradient checkpointing the
+segment is the unit that is recomputed, evictions and encoding included; memory is then one segment's activations and the
+keys and values of the scored tokens.
 """
 
 from __future__ import annotations
@@ -201,13 +202,14 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     outputs: list[Any] = []
     start, before = 0, cache.evictions
     while start < layout.columns:
+        if cache.prompt_length is None:
+            seam.check_positions(layout.prompt)
+            prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
+            cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
         length, evict = _next_segment(seam, cache, layout, start)
         valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
-        if cache.prompt_length is None:
-            cache.begin(layout.prompt, valid, call.shape[0], call.device)
-            seam.check_positions(layout.prompt)
-            if length == 0:
-                continue
+        if evict and not config.backprop_through_cache:
+            cache.detach_keys_and_values()
         part = slice(start, start + length)
         segment = partial(
             _run_segment,
@@ -226,8 +228,6 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             cache.adopt(after)
         else:
             output, _ = segment(cache)
-        if not config.backprop_through_cache:
-            cache.detach_keys_and_values()
         outputs.append(output)
         start += length
     seam.observe(cache, layout, evicted=cache.evictions > before)
@@ -236,10 +236,11 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
 
 def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
     """Tokens of the next segment, and whether an eviction comes first."""
-    if cache.prompt_length is None:
-        return layout.prompt, False
+    piece = cache.tokens_per_eviction if torch.is_grad_enabled() else layout.columns
+    if cache.missing_prompt:
+        return min(cache.missing_prompt, piece), False
     evict = cache.room == 0
-    room = cache.tokens_per_eviction if evict else cache.room
+    room = cache.tokens_per_eviction if evict else min(cache.room, piece)
     length = min(room, layout.columns - start)
     if not seam.rotary:
         seam.check_positions(cache.get_seq_length() + length)
@@ -259,7 +260,7 @@ def _run_segment(
 ) -> tuple[Any, PTECache]:
     if evict:
         cache.evict(seam.encoded_layers)
-    writes_prompt = cache.get_seq_length() == 0 and cache.prompt_length != 0
+    writes_prompt = cache.missing_prompt > 0
     mask = seam.attention_mask(cache, positions, valid, column_mask)
     if not writes_prompt:
         cache.record(positions, valid)

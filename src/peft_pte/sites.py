@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -90,6 +92,14 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
     if config.cache_window is None:
         return
     text_config: Any = model.config.get_text_config(decoder=True)
+    if config.eviction != "sliding_window" and model.dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"`eviction` is {config.eviction!r} on a base in {model.dtype}: rounding can make it choose differently in a "
+            "rollout and in its replay, and log-probs then differ by more than rounding. Use "
+            'eviction="sliding_window" for RL, or a base in float32.',
+            UserWarning,
+            stacklevel=6,
+        )
     if config.key_rotation == "removed" and config.state_update == "progressive":
         error = next((site.rotation_error for site in sites.values() if site.rotation_error), None)
         if error is not None:

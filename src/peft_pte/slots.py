@@ -101,7 +101,7 @@ class SlotChunks:
 
     def append(self, new: KeyValue) -> None:
         """Put ``new`` behind what is there."""
-        self.chunks = (*self.chunks, new)
+        self.chunks = (*self.chunks, new.map(_without_neighbours))
 
     def view(self) -> KeyValue:
         """All tokens held, in one tensor."""
@@ -147,6 +147,12 @@ class SlotChunks:
                 after.append(chunk if head == 0 else chunk.narrow(head, chunk.length - head))
             at -= chunk.length
         return tuple(before), tuple(after)
+
+
+def _without_neighbours(part: Tensor) -> Tensor:
+    """``part``, not as a view: a layer that projects queries, keys and values at once would keep the queries alive."""
+    shares = part.untyped_storage().nbytes() > part.numel() * part.element_size()
+    return part.clone() if shares else part
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def embedding_gradients(backprop, eviction="sliding_window"):
 
 
 @pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
-def test_detached_keys_and_values_stop_the_gradient_where_a_segment_ends(eviction):
+def test_detached_keys_and_values_stop_the_gradient_at_an_eviction(eviction):
     exact, _ = embedding_gradients(True, eviction)
     detached, encoders = embedding_gradients(False, eviction)
     # 24 thoughts after 4 prompt tokens: the last segment holds the last two of them.
