@@ -77,7 +77,7 @@ def extract_answer(text: str) -> str | None:
     """What follows the last ``Answer:`` on its line, else the last number."""
     named = re.findall(r"Answer:[ \t]*(\S.*)", text)
     if named:
-        return named[-1].strip().rstrip(".")
+        return named[-1].strip(" *.")
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
     return numbers[-1] if numbers else None
 

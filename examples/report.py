@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 
 def prepare_output(folder: Path, resume: bool) -> None:
     """Keep the checkpoints of an interrupted run for ``--resume``; those of a finished run make room for a new one."""
-    checkpoints = sorted(folder.glob("checkpoint-*"))
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if resume or not PartialState().is_main_process:
         return
     if checkpoints and not (folder / "report.json").exists():

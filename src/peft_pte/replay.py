@@ -3,7 +3,7 @@
 A segment ends where an eviction is due: ``[prompt] [first W thoughts] [m thoughts] [m thoughts] ...``. Decoding is the
 case of one token per call, so a rollout and its replay run the same code on the same slots, positions and states.
 
-With gradients no segment is longer than ``m``: prompt and first window come in pieces. With gradient checkpointing the
+With gradients, a prompt or a first window longer than ``m`` comes in pieces. With gradient checkpointing the
 segment is the unit that is recomputed, evictions and encoding included; memory is then one segment's activations and the
 keys and values of the scored tokens.
 """
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Inputs with one entry per token, which are cut where a segment ends.
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
+# Tokens below which cutting a prompt or a first window costs time and saves no memory to speak of.
+_SHORTEST_PIECE = 128
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -236,7 +238,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
 
 def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
     """Tokens of the next segment, and whether an eviction comes first."""
-    piece = cache.tokens_per_eviction if torch.is_grad_enabled() else layout.columns
+    piece = max(cache.tokens_per_eviction, _SHORTEST_PIECE) if torch.is_grad_enabled() else layout.columns
     if cache.missing_prompt:
         return min(cache.missing_prompt, piece), False
     evict = cache.room == 0

@@ -56,6 +56,22 @@ def test_gradient_checkpointing_of_a_partly_adapted_model(family):
     assert_same_gradients(gradients(model, batch)[0], expected)
 
 
+@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("piece", [1, 3, 100])
+@pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
+def test_prompt_and_first_window_in_pieces(family, piece, eviction, monkeypatch):
+    model = make_pte(family, eviction=eviction).train()
+    batch = roll_out(model.eval(), make_prompts((7, 2, 5)), 3 * WINDOW).truncated(3 * WINDOW)
+    expected, loss = gradients(model.train(), batch)
+    monkeypatch.setattr("peft_pte.replay._SHORTEST_PIECE", piece)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        actual, loss_in_pieces = gradients(model, batch)
+        assert_close(loss_in_pieces, loss)
+        assert_same_gradients(actual, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_micro_batch_or_several(family):
     model = make_pte(family)
