@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import reasoning_gym
 import torch
 import transformers
@@ -51,6 +52,7 @@ def smollm2_folder() -> Path:
 def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """The base model and its tokenizer; ``name`` is a hub id, a local folder, or SmolLM2-135M-Instruct."""
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     with PartialState().main_process_first():
         path = str(smollm2_folder()) if name == SMOLLM2 else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

@@ -92,8 +92,9 @@ def write_report(
         for index, (figure, label) in enumerate(curves):
             points = [(row["step"], row[figure] * factor) for row in rows if row.get(figure) is not None]
             draw_curve(axis, points, label, f"C{index}")
+        axis.margins(y=0.12)
+        axis.autoscale()
         axis.set(title=name, xlabel="step", ylim=(0, None))
-        axis.margins(y=0.15)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -131,6 +131,62 @@ def test_beam_search_moves_the_state_with_the_rows(family):
     assert_close(picked.mean(dim=1), output.sequences_scores, scale=5)
 
 
+def test_generation_from_embeddings():
+    model = make_pte()
+    ids = torch.randint(1, 61, (2, 14))
+    embeddings = model.get_input_embeddings()(ids).detach()
+    options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    from_ids = model.generate(ids, **options)
+    from_embeddings = model.generate(inputs_embeds=embeddings, **options)
+    assert from_embeddings.past_key_values.prompt_length == 14
+    assert_close(torch.stack(from_embeddings.logits), torch.stack(from_ids.logits))
+
+
+def test_a_reset_cache_knows_nothing_of_its_first_prompt():
+    model = make_pte()
+    first = model.generate(**make_prompts((4, 4)), max_new_tokens=20, return_dict_in_generate=True, do_sample=False)
+    cache = first.past_key_values
+    cache.reset()
+    prompts = make_prompts((12, 12), seed=5)
+    again = model.generate(**prompts, max_new_tokens=20, past_key_values=cache, do_sample=False)
+    assert cache.prompt_length == 12
+    assert torch.equal(again, model.generate(**prompts, max_new_tokens=20, do_sample=False))
+
+
+def test_an_assistant_with_a_cache_of_the_users_own():
+    from tests.cases import make_base
+
+    model = make_pte()
+    ids = make_prompts((6,))["input_ids"]
+    cache = model.base_model.new_cache()
+    options = {"max_new_tokens": WINDOW - 2, "do_sample": False}
+    assisted = model.generate(ids, assistant_model=make_base("llama"), past_key_values=cache, **options)
+    assert torch.equal(assisted, model.generate(ids, **options))
+
+
+def test_positions_as_generate_makes_them():
+    model = make_pte()
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW, [3 * WINDOW, 4, 12])
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        assert_close(
+            thought_logits(model, batch, position_ids=positions)[mask[:, 6:].bool()],
+            thought_logits(model, batch)[mask[:, 6:].bool()],
+        )
+
+
+def test_no_cache_comes_back_in_a_layout_of_its_own():
+    model = make_pte()
+    batch = roll_out(model, make_prompts(), 12).truncated(12)
+    assert model(**batch, use_cache=True).past_key_values.get_seq_length() == batch["input_ids"].shape[1]
+    ragged = {name: torch.cat([part[:, 3:], part[:, :3]], dim=1) for name, part in batch.items()}
+    ragged["attention_mask"][:, -3:] = 0
+    ragged["labels"][:, -3:] = -100
+    ragged["labels"][0, 3] = -100
+    assert model(**ragged, use_cache=True).past_key_values is None
+
+
 def test_num_return_sequences():
     model = make_pte()
     torch.manual_seed(4)

@@ -305,6 +305,17 @@ def test_a_deep_copy_is_a_model_of_its_own():
         assert torch.equal(thought_logits(twin, batch), expected)
 
 
+def test_a_pickled_model_is_adapted_still(tmp_path):
+    model = make_pte()
+    batch, expected = scored(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(thought_logits(loaded, batch), expected)
+    rollout = roll_out(loaded, make_prompts(), 2 * WINDOW)
+    assert rollout.cache.evictions > 3
+
+
 def test_low_rank_matches_the_fields_of_the_config():
     model = make_pte(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 1.0})
     attention = model.base_model.model.model.layers[0].self_attn

@@ -293,6 +293,61 @@ def test_an_interrupted_call_leaves_nothing_behind():
         assert torch.equal(backbone(**plain).last_hidden_state, expected)
 
 
+def continuing(model, columns):
+    """A cache that saw seven columns, and a mask for ``columns`` more."""
+    ids = torch.randint(1, 61, (2, 7 + columns))
+    cache = model.base_model.new_cache()
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        model(input_ids=ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+        model(input_ids=ids[:, 5:7], attention_mask=mask[:, :7], past_key_values=cache)
+    return {"input_ids": ids[:, 7:], "attention_mask": mask, "past_key_values": cache}
+
+
+def test_padding_a_later_turn():
+    model = make_pte()
+    call = continuing(model, 5)
+    call["attention_mask"][1, 7:9] = 0
+    with pytest.raises(NotImplementedError, match="`attention_mask` pads a later turn"):
+        model(**call)
+
+
+def test_hiding_what_was_cached():
+    model = make_pte()
+    call = continuing(model, 5)
+    call["attention_mask"][0, 6] = 0
+    with pytest.raises(ValueError, match="hides tokens that were cached as real"):
+        model(**call)
+
+
+def test_forgetting_the_mask():
+    model = make_pte()
+    cache = roll_out(model, make_prompts(), 3).cache
+    with pytest.raises(ValueError, match="must go on covering the 8 tokens seen"):
+        model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_data_parallel():
+    from peft_pte.seam import _enter_call
+
+    model = make_pte().get_base_model()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(NotImplementedError, match="accelerate launch"):
+        _enter_call(replica, (), {})
+
+
+def test_routers_that_return_more_than_a_tensor():
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    base = make_base("llama")
+    base.model.layers[0].mlp.up_proj = Router(32, 48)
+    model = get_peft_model(base, config(target_modules=["up_proj"]))
+    with pytest.raises(NotImplementedError, match="returns more than one tensor"):
+        model(**make_prompts())
+
+
 def test_layers_called_alone():
     model = make_pte()
     with pytest.raises(RuntimeError, match="outside its model's forward pass"):

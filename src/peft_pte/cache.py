@@ -41,6 +41,7 @@ class PTECache(Cache):
         prompt_limit: Columns after which the first call holds thoughts already (assisted decoding sends its first
             candidates along with the prompt); ``None``: the first call is the prompt.
         evictions: Evictions so far.
+        padding: Columns seen so far that were padding, ``[B]``; ``None``: no mask was given.
         adapter: Name of the adapter whose states these are, once one used the cache.
         state: The thought state of the sequences.
 
@@ -68,6 +69,7 @@ class PTECache(Cache):
         self.prompt_length: int | None = None
         self.prompt_limit: int | None = None
         self.prompt_mask: Tensor | None = None
+        self.padding: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -108,8 +110,7 @@ class PTECache(Cache):
                 tensors.extend(layer.tensors())
             else:
                 tensors.extend(_own_tensors(layer))
-        if self.prompt_mask is not None:
-            tensors.append(self.prompt_mask)
+        tensors.extend(part for part in (self.prompt_mask, self.padding) if part is not None)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def begin(self, prompt_length: int, prompt_mask: Tensor | None, batch: int, device: torch.device) -> None:
@@ -122,6 +123,7 @@ class PTECache(Cache):
             device: Where positions are kept.
         """
         self.prompt_length, self.prompt_mask = prompt_length, prompt_mask
+        self.padding = None if prompt_mask is None else (~prompt_mask).sum(dim=1)
         shared: SlotTable | None = None
         for _, layer in self.thought_layers:
             shared = shared or SlotTable.empty(batch, 1, layer.window, prompt_mask is not None, device)
@@ -129,6 +131,9 @@ class PTECache(Cache):
 
     def record(self, positions: Tensor, valid: Tensor | None) -> None:
         """Note which thoughts are about to be written: ``positions [B, T]``, ``valid [B, T]`` or ``None``."""
+        if valid is not None:
+            new_padding = (~valid).sum(dim=1)
+            self.padding = new_padding if self.padding is None else self.padding + new_padding
         extended: dict[int, SlotTable] = {}
         for _, layer in self.thought_layers:
             table = layer.table
@@ -205,7 +210,8 @@ class PTECache(Cache):
         """Forget everything; the next call starts with a prompt."""
         super().reset()
         self.state.reset()
-        self.evictions, self.prompt_length, self.prompt_mask, self.adapter = 0, None, None, None
+        self.evictions, self.prompt_length, self.prompt_limit = 0, None, None
+        self.prompt_mask, self.padding, self.adapter = None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` thoughts back.
@@ -259,6 +265,7 @@ class PTECache(Cache):
         self._map_tables(lambda table: table.map(function))
         self.state.map(function)
         self.prompt_mask = None if self.prompt_mask is None else function(self.prompt_mask)
+        self.padding = None if self.padding is None else function(self.padding)
 
     def _map_layers(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         for layer in self.layers:
@@ -280,8 +287,9 @@ class PTECache(Cache):
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     """What two adapters must share to be able to use one cache."""
     evict = None if config.cache_window is None else config.tokens_per_eviction
+    fields = ("cache_window", "eviction", "r", "num_global_tokens", "state_update", "encoder_attention", "update_gain")
     ranks = tuple(sorted(config.rank_pattern.items()))
-    return (config.cache_window, evict, config.eviction, config.num_queries, config.r, ranks, config.state_update)
+    return (evict, ranks, config.key_rotation, *(getattr(config, name) for name in fields))
 
 
 def _own_tensors(layer: Any) -> list[Tensor]:

@@ -137,6 +137,11 @@ class PTEEncoder(nn.Module, PTELayer):
         if settings.state_update != "progressive":
             return state
         keys, values = evicted.keys.to(state.dtype), evicted.values.to(state.dtype)
+        if keys.shape[1] * keys.shape[3] != self.width or keys.shape != values.shape:
+            raise NotImplementedError(
+                f"{type(self._outside[0]).__name__} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} where "
+                f"its config promises a width of {self.width}. PTE supports layers that cache both as [B, G, T, head_dim]."
+            )
         if settings.rotation_removed and self.rotation is not None:
             keys = self.rotation.remove(keys, evicted.positions.to(keys.device))
         valid = None

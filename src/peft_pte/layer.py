@@ -113,10 +113,15 @@ class PTELinear(nn.Module, PTELayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, T, in] -> [B, T, out]``; the base layer alone while no adapter is in use."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         adapter = self.current_adapter()
         if adapter is None:
             return result
+        if not isinstance(result, Tensor):
+            raise NotImplementedError(
+                f"`{self.name}` ({type(self.get_base_layer()).__name__}) returns more than one tensor, so it is no linear "
+                f"layer to adapt. Leave it out with exclude_modules=[{self.name.rpartition('.')[2]!r}]."
+            )
         x, state = self._by_sequence(x, adapter)
         down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))

@@ -190,11 +190,15 @@ def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any
 
 def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> Any:
     seen = cache.get_seq_length()
+    if seen:
+        _check_continuation(call, cache, seen)
     layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
     positions = _positions(call, seen)
     if boundaries is not None:
-        _refuse_packed(call.positions)
+        _refuse_packed(call.positions, call.mask)
         layout = lay_out(boundaries, call.mask, call.shape[1])
+        # A cache in another layout than its caller's columns cannot be continued by the caller's masks.
+        call.use_cache = call.use_cache and (layout.source is None or call.cache is not None)
     tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
     positions = layout.pack(positions)
     if torch.is_grad_enabled():
@@ -234,6 +238,38 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
         start += length
     seam.observe(cache, layout, evicted=cache.evictions > before)
     return _join(outputs, layout)
+
+
+def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
+    """Refuse a mask that contradicts the cache, or padding that would take the window's slots.
+
+    Raises:
+        ValueError: The mask is missing, or hides what was cached as real (or the other way round).
+        NotImplementedError: Some of several new columns are padding.
+    """
+    if call.mask is None:
+        if cache.padding is not None and call.positions is None:
+            raise ValueError(
+                f"`attention_mask` must go on covering the {seen} tokens seen, some of which are padding; got None. Append "
+                "ones for the new tokens, as `generate` does."
+            )
+        return
+    new_columns = call.shape[1]
+    if new_columns == 1:
+        return
+    padding = torch.zeros(call.shape[0], device=call.device) if cache.padding is None else cache.padding
+    if bool(((~call.mask[:, :seen]).sum(dim=1) != padding).any()):
+        raise ValueError(
+            "`attention_mask` hides tokens that were cached as real, or shows padding: what was written cannot be taken "
+            "back. (After an end of sequence `generate` writes padding as real tokens.) Continue the rows that ended "
+            "together, or prefill the conversation again without the cache."
+        )
+    if bool((~call.mask[:, seen:]).any()):
+        raise NotImplementedError(
+            "`attention_mask` pads a later turn: padding would take slots of the window, which all rows share, and evict "
+            "thoughts earlier than without it. Use turns of one length, one conversation per call, or prefill again "
+            "without the cache."
+        )
 
 
 def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
@@ -360,8 +396,13 @@ def _positions(call: Call, seen: int) -> Tensor:
     return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
 
 
-def _refuse_packed(positions: Tensor | None) -> None:
-    if positions is not None and positions.shape[1] > 1 and bool((positions[:, 1:] < positions[:, :-1]).any()):
+def _refuse_packed(positions: Tensor | None, mask: Tensor | None) -> None:
+    if positions is None:
+        return
+    falls = positions[:, 1:] < positions[:, :-1]
+    if mask is not None:
+        falls = falls & mask[:, 1:] & mask[:, :-1]
+    if bool(falls.any()):
         raise NotImplementedError(
             "`position_ids` start again within a row, so the row holds several sequences. Packed sequences cannot be "
             "scored under a bounded cache: use one sequence per row (packing=False, padding_free=False)."

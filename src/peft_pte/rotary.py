@@ -115,7 +115,7 @@ def find_rotation(attention: nn.Module, backbone: nn.Module, layer_type: str | N
             rotation.remove(keys, torch.tensor([[[position]]], device=keys.device))
             for keys, position in zip(probes, _PROBE_POSITIONS, strict=True)
         ]
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError) as error:
         raise NotImplementedError(
             _REMEDY.format(reason=f"the rotary code of {type(attention).__name__} cannot be tried alone ({error}).")
         ) from error

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .cache import PTECache
@@ -75,14 +76,12 @@ class Seam:
     def _install(self) -> None:
         # A hook that dispatches weights over devices may have replaced the forward of the instance already.
         self._inner = self.backbone.__dict__.get("forward")
-        signature = functools.wraps(type(self.backbone).forward)
-        self.backbone.forward = MethodType(signature(_backbone_forward), self.backbone)
+        self.backbone.forward = _bound(_backbone_forward, self.backbone, type(self.backbone).forward)
         setattr(self.backbone, _ATTRIBUTE, self)
         setattr(self.model, _ATTRIBUTE, self)
-        self.model._prepare_cache_for_generation = MethodType(
-            functools.wraps(getattr(type(self.model), _HOOKED_METHOD))(_prepare_cache), self.model
-        )
-        self.model.generate_batch = MethodType(_refuse_generate_batch, self.model)
+        original = getattr(type(self.model), _HOOKED_METHOD)
+        self.model._prepare_cache_for_generation = _bound(_prepare_cache, self.model, original)
+        self.model.generate_batch = functools.partial(_refuse_generate_batch, self.model)
         self._hooks = [
             self.model.register_forward_pre_hook(_enter_call, with_kwargs=True),
             self.model.register_forward_hook(_leave_call, always_call=True),
@@ -214,6 +213,14 @@ class _Calls(threading.local):
         return _Calls, ()
 
 
+def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` bound to ``module``, with the signature of ``original``.
+
+    A partial and not a method: methods are copied and pickled by their name, which would find the original.
+    """
+    return functools.update_wrapper(functools.partial(function, module), original)
+
+
 @torch.compiler.disable(recursive=False)
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, _ATTRIBUTE).forward(*args, **kwargs)
@@ -221,6 +228,11 @@ def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @torch.compiler.disable
 def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if getattr(model, "_is_replica", False):
+        raise NotImplementedError(
+            "torch.nn.DataParallel copies a model without its seam, so its replicas would run on the first device's weights. "
+            "Use one process per device (`accelerate launch`, torchrun), or make one device visible."
+        )
     named = kwargs
     if args:
         named = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
@@ -237,22 +249,35 @@ def _leave_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack.pop()
 
 
-def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+) -> Any:
     seam: Seam = getattr(self, _ATTRIBUTE)
     adapter = seam.active_adapter()
     if adapter is not None:
+        made = False
         _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
         if model_kwargs.get("past_key_values") is None:
-            cache = seam.new_cache(adapter)
-            mask = model_kwargs.get("attention_mask")
-            if mask is not None:
-                cache.prompt_limit = mask.shape[1]
-            elif generation_config.max_new_tokens is not None:
-                # `generate` drops a mask of ones, but has added the prompt to the length that was asked for.
-                cache.prompt_limit = generation_config.max_length - generation_config.max_new_tokens
-            model_kwargs["past_key_values"] = cache
+            model_kwargs["past_key_values"] = seam.new_cache(adapter)
+            made = True
+        cache = model_kwargs["past_key_values"]
+        if isinstance(cache, PTECache) and cache.get_seq_length() == 0:
+            cache.prompt_limit = _prompt_limit(generation_config, model_kwargs, generation_mode)
+        if made:
             return None
-    return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, *args, **kwargs)
+    return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+
+def _prompt_limit(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any) -> int | None:
+    """Columns of the prompt where the first call holds more than the prompt: an assistant's first candidates."""
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        return None
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    # `generate` drops a mask of ones, but has added the prompt to the length that was asked for.
+    new_tokens = generation_config.max_new_tokens
+    return None if new_tokens is None else int(generation_config.max_length - new_tokens)
 
 
 def _refuse_generation(generation_config: Any, bounded: bool) -> None:

@@ -18,6 +18,8 @@ from .rotary import Rotation, find_rotation, has_numbers, probe
 
 # Models whose backbone takes one prepared mask per layer type, which sliding and bounded layers side by side need.
 _MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text")
+# Classes of linear layers that choose experts instead of computing features.
+_ROUTERS = ("Router", "TopK", "Gate")
 # Rotations that depend on the length of the call: a rollout and its replay would rotate differently.
 _LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 
@@ -130,7 +132,7 @@ def default_targets(model: nn.Module, sites: dict[int, Site]) -> set[str]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, name + ".")
             module = module.get_base_layer()
-        if is_linear(module):
+        if is_linear(module) and not any(word in type(module).__name__ for word in _ROUTERS):
             names.add(name.rpartition(".")[2])
     return names
 
@@ -147,9 +149,9 @@ def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
             f"{kind} is an encoder-decoder model, whose thoughts attend to an encoder as well. PTE supports decoder-only "
             "causal LMs."
         )
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "cpmant"):
         raise NotImplementedError(
-            f"{kind} derives positions from the attention mask (ALiBi), so tokens would move when others are evicted. "
+            f"{kind} derives positions from the attention mask (ALiBi and its kin), so tokens would move when others are evicted. "
             "PTE supports rotary and learned absolute positions."
         )
     if getattr(config, "kv_lora_rank", None) is not None:
