@@ -18,12 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -f $(VENV)/.installed-* && touch $@
 
 demo: install
-	$(BIN)/python examples/grpo_reasoning.py --output-dir outputs/demo
-	$(BIN)/python examples/generate.py --adapter outputs/demo
+	$(BIN)/python -u examples/grpo_reasoning.py --output-dir outputs/demo
+	$(BIN)/python -u examples/generate.py --adapter outputs/demo
 
 demo-short: install
-	$(BIN)/python examples/grpo_reasoning.py --short --output-dir outputs/demo-short
-	$(BIN)/python examples/generate.py --adapter outputs/demo-short --max-new-tokens 96
+	$(BIN)/python -u examples/grpo_reasoning.py --short --output-dir outputs/demo-short
+	$(BIN)/python -u examples/generate.py --adapter outputs/demo-short --max-new-tokens 96
 
 test: install
 	$(BIN)/python -m pytest -n auto -m "not slow"

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     small = {"max_steps": 3, "batch": 4, "micro_batch": 4, "num_generations": 4}
-    usual = {"max_steps": 24, "batch": 8, "micro_batch": 8, "num_generations": 4}
+    usual = {"max_steps": 20, "batch": 8, "micro_batch": 8, "num_generations": 4}
     for name, value in (small if args.short else usual).items():
         setattr(args, name, getattr(args, name) or value)
     return args
