@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from common import ask, cache_bytes
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, DynamicCache, StoppingCriteria, StoppingCriteriaList
@@ -72,6 +73,7 @@ def main() -> None:
     if not (args.adapter / "adapter_config.json").exists():
         parser.error(f"`--adapter` must hold an adapter, got {args.adapter}. Run grpo_reasoning.py first.")
 
+    transformers.utils.logging.disable_progress_bar()
     model = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype=args.dtype).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.adapter)
     inputs = tokenizer.apply_chat_template(

@@ -107,7 +107,7 @@ def write_report(
 def draw_curve(axis: Any, points: list[tuple[int, float]], label: str | None, color: str) -> None:
     """One curve; without a label it is a noisy one, and drawn as dots with the mean of the last steps."""
     steps, values = zip(*points, strict=True)
-    span = max(2, len(values) // 4) if label is None else 1
+    span = max(2, len(values) // 6) if label is None else 1
     if label is None:
         axis.plot(steps, values, "o", color=color, alpha=0.35, markersize=4)
         label = f"mean of the last {span} steps"
