@@ -44,7 +44,7 @@ benchmark: install
 	$(BIN)/python -m benchmarks.figures
 
 build: install
-	$(BIN)/python -m build --no-isolation || $(BIN)/python -m build
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) dist build outputs .cache
