@@ -42,7 +42,8 @@ def pte_cache_bytes(
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         tables = config.num_hidden_layers * heads
     table = tables * batch * window * (9 if masked else 8)
-    return slots + states + table + (batch * prompt if masked else 0)
+    # A mask is kept for the prompt, and one count of padding per sequence.
+    return slots + states + table + (batch * (prompt + 8) if masked else 0)
 
 
 def true_shape_bytes(window: int, prompt: int, lengths: list[int], rank: int) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ def _evictions(cache: PTECache, layout: Layout) -> Tensor:
     """Mean number of evictions that the thoughts of one sequence cause, a 0-d tensor."""
     thoughts = layout.columns - layout.prompt
     if layout.mask is None:
-        lengths = torch.tensor([float(thoughts)])
+        lengths = torch.tensor([float(thoughts)], device=cache.thought_layers[0][1].table.positions.device)
     else:
         lengths = layout.mask[:, -thoughts:].sum(dim=1).float()
     _, layer = cache.thought_layers[0]
