@@ -13,8 +13,9 @@ def assert_same_gradients(actual, expected):
     assert actual.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
-        # Gradients sum over many tokens; the size of the largest sets what a rounding error may be.
-        assert_close(actual[name] / largest, gradient / largest)
+        # Gradients sum over many tokens: in float32 they were off from float64 ones by up to 8.3e-6 of the largest (over the
+        # case table), so two of them may differ by twice that.
+        assert_close(actual[name] / largest, gradient / largest, scale=2)
 
 
 @pytest.mark.parametrize("backprop", [True, False])
