@@ -13,9 +13,9 @@ def assert_same_gradients(actual, expected):
     assert actual.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
-        # Gradients sum over many tokens: in float32 they were off from float64 ones by up to 8.3e-6 of the largest (over the
+        # Gradients sum over many tokens: in float32 they were off from float64 ones by up to 2.2e-5 of the largest (over the
         # case table), so two of them may differ by twice that.
-        assert_close(actual[name] / largest, gradient / largest, scale=2)
+        assert_close(actual[name] / largest, gradient / largest, scale=5)
 
 
 @pytest.mark.parametrize("backprop", [True, False])
