@@ -42,6 +42,7 @@ types: install
 
 benchmark: install
 	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.tables
 
 build: install
 	$(BIN)/python -m build
