@@ -1,4 +1,4 @@
-"""What refuses, loudly (DESIGN.md section 5 and the README's table): one test each."""
+"""What refuses, loudly (the README's table): one test each."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The floors of STYLE.md, and what importing the package may cost."""
+"""The floors of CONTRIBUTING.md, and what importing the package may cost."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""A second opinion: the whole method written a second time, slow and plain, from DESIGN.md section 1 alone.
+"""A second opinion: the whole method written a second time, slow and plain, from the equations alone.
 
 One row, one token, one layer at a time: no padding, no segments, no cache class, no hooks, nothing of the library but
 the config's fields and the weights. Generation, scoring and every gradient must agree with it.

@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ["reference", "triton"]
 
 
 def oracle_encode(state, query, keys, values, key_projection, value_projection, valid, gain, attention):
-    """Row by row, token by token, as DESIGN.md section 1 has it."""
+    """Row by row, token by token, as the equations have it."""
     rows = []
     for row in range(len(state)):
         kept = range(keys.shape[1]) if valid is None else valid[row].nonzero()[:, 0].tolist()
@@ -38,7 +38,7 @@ def oracle_delta(hidden, down, state, up, scale):
     return torch.stack([x @ (scale * up @ s @ down).T for x, s in zip(hidden, state, strict=True)])
 
 
-def compare(function, oracle, operands, dtype):
+def assert_matches(function, oracle, operands, dtype):
     """Outputs and gradients of ``function`` in ``dtype`` against ``oracle`` in float64."""
     exact = [operand.to(dtype).double().requires_grad_() for operand in operands]
     given = [operand.detach().to(dtype).requires_grad_() for operand in exact]
@@ -78,7 +78,7 @@ def test_encode(impl, size, dtype, attention, padded):
     if padded:
         valid = torch.rand(batch, evicted, device=DEVICE) > 0.4
         valid[-1] = False
-    compare(
+    assert_matches(
         lambda *args: encode(*args, valid, gain=0.3, attention=attention, impl=impl),
         lambda *args: oracle_encode(*args, valid, 0.3, attention),
         operands,
@@ -122,7 +122,7 @@ def test_delta(impl, size, dtype):
         torch.randn(batch, queries, rank, dtype=torch.float64) / rank**0.5,
         torch.randn(outer, queries, dtype=torch.float64) / queries**0.5,
     ]
-    compare(
+    assert_matches(
         lambda *args: delta(*args, scale=1.7, impl=impl),
         lambda *args: oracle_delta(*args, 1.7),
         [operand.to(DEVICE) for operand in operands],
@@ -135,7 +135,7 @@ def test_delta(impl, size, dtype):
 def test_triton_in_half_precision_on_a_gpu(dtype):
     operands = [torch.randn(*shape, device="cuda") for shape in ((4, 100, 512), (32, 512), (4, 32, 32), (1024, 32))]
     operands = [operand / operand.shape[-1] ** 0.5 for operand in operands]
-    compare(
+    assert_matches(
         lambda *args: delta(*args, scale=2.0, impl="triton"), lambda *args: oracle_delta(*args, 2.0), operands, dtype
     )
 

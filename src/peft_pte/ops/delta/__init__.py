@@ -1,4 +1,4 @@
-"""The adapters read the thought state: ``scale * A (S (B x))`` (DESIGN.md section 1)."""
+"""The adapters read the thought state: ``scale * A (S (B x))`` (``ops/README.md``)."""
 
 from .api import delta
 

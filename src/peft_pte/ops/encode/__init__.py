@@ -1,4 +1,4 @@
-"""Evicted keys and values -> thought state (DESIGN.md section 1, paper section 3)."""
+"""Evicted keys and values -> thought state (``ops/README.md``, paper section 3)."""
 
 from .api import encode
 

@@ -23,7 +23,7 @@ def encode(
     attention: str = "linear",
     impl: str = "auto",
 ) -> Tensor:
-    """``S <- Norm(S + gain * enc(K_e, V_e))``, row-wise L2 norm; paper section 3, DESIGN.md section 1.
+    """``S <- Norm(S + gain * enc(K_e, V_e))``, row-wise L2 norm; paper section 3, ``ops/README.md``.
 
     Computed in float64 for a float64 ``state`` and in float32 otherwise, outside any autocast.
 
