@@ -9,8 +9,9 @@ from peft import get_peft_model
 from peft_pte import PTEConfig
 from tests.cases import EAGER_ONLY, PAD, VOCABULARY, make_base
 
-# Of the largest expected value. Replay against rollout over the whole case table differed by at most 2.7e-6 (float32) and
-# 1.4e-3 (float16) on a CPU; bfloat16 did not differ there and is allowed two of its rounding steps.
+# Of the largest expected value. Replay against rollout over the whole case table differed by at most 1.3e-6 (float32) and
+# 1.4e-3 (float16) on one CPU; other CPUs sum in other orders. bfloat16 did not differ there, at these sizes, and is allowed two
+# of its rounding steps.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
 
 SMALL = {"r": 4, "num_global_tokens": 5, "cache_window": 8, "init_weights": False}
