@@ -19,7 +19,7 @@ FLOORS = [
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
     {"thought_layer", "cache", "statistics"},
-    {"checkpoints", "sites", "replay", "seam", "model"},
+    {"checkpoints", "sites", "recompute", "replay", "seam", "model"},
     {"__init__"},
     {"integrations"},
 ]

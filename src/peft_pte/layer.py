@@ -136,19 +136,20 @@ class PTELinear(nn.Module, PTELayer):
         return result + update.reshape(result.shape).to(result.dtype)
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
-        """The input as ``[B, T, in]`` and the state that each of its sequences reads."""
-        state, tokens = read_state(self.layer_index)
-        batch = state.shape[0]
-        if x.ndim == 3 and x.shape[0] == batch:
-            return x, state[..., : self.r[adapter]]
+        """The input as ``[B * N, T / N, in]`` and the states that its rows read."""
+        state, rows, tokens = read_state(self.layer_index)
         # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
-        if x.ndim == 2 and x.shape[0] == batch * tokens and ".experts." not in self.name:
-            return x.reshape(batch, tokens, -1), state[..., : self.r[adapter]]
-        raise ValueError(
-            f"`{self.name}` got an input of shape {tuple(x.shape)} for {batch} sequences of {tokens} tokens: its rows "
-            "cannot be told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
-            f"[{self.name.rpartition('.')[2]!r}]."
-        )
+        flat = x.ndim == 2 and x.shape[0] == rows * tokens and ".experts." not in self.name
+        if not flat and (x.ndim != 3 or x.shape[0] != rows):
+            raise ValueError(
+                f"`{self.name}` got an input of shape {tuple(x.shape)} for {rows} sequences of {tokens} tokens: its rows "
+                "cannot be told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
+                f"[{self.name.rpartition('.')[2]!r}]."
+            )
+        states = state.shape[0]
+        if flat or states != rows:
+            x = x.reshape(states, rows * tokens // states, -1)
+        return x, state[..., : self.r[adapter]]
 
     def resolved_impl(self, adapter_name: str) -> str:
         """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""

@@ -11,27 +11,25 @@ keys and values of the scored tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .cache import PTECache, fingerprint
-from .config import PTEConfig
+from .config import SHORTEST_SEGMENT, PTEConfig
 from .layout import Layout, PromptSpec, lay_out
-from .state import LayerState, bind
+from .recompute import Offload, layers_recomputed, recomputed
+from .state import LayerState, Reading, bind
 
 if TYPE_CHECKING:
     from .seam import Seam
 
 # Inputs with one entry per token, which are cut where a segment ends.
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
-# Tokens below which cutting a prompt or a first window costs time and saves no memory to speak of.
-_SHORTEST_PIECE = 128
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -201,10 +199,14 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
         call.use_cache = call.use_cache and (layout.source is None or call.cache is not None)
     tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
     positions = layout.pack(positions)
-    if torch.is_grad_enabled():
-        cache.make_differentiable()
-    recompute = seam.checkpoints_layers() and torch.is_grad_enabled()
     config = seam.config(adapter)
+    gradients = torch.is_grad_enabled()
+    # A cache of the caller's is decoded with, and decoding writes in place.
+    if gradients or (call.cache is None and layout.columns > 1):
+        cache.make_functional()
+    recompute = seam.checkpoints_layers() and gradients
+    offload = Offload()
+    most = seam.most_evictions(adapter) if cache.functional else 1
     outputs: list[Any] = []
     start, before = 0, cache.evictions
     while start < layout.columns:
@@ -212,9 +214,9 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             seam.check_positions(layout.prompt)
             prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
             cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
-        length, evict = _next_segment(seam, cache, layout, start)
+        length, evictions = _next_segment(seam, cache, layout, start, most)
         valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
-        if evict and not config.backprop_through_cache:
+        if evictions and not config.backprop_through_cache:
             cache.detach_keys_and_values()
         part = slice(start, start + length)
         segment = partial(
@@ -225,17 +227,20 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             positions[:, part],
             valid,
             None if layout.mask is None else layout.mask[:, : seen + start + length],
-            evict,
+            evictions,
+            recompute and config.recompute_layers,
             call.rest,
         )
         if recompute:
-            # From a snapshot, which stays what it is when this cache moves on.
-            output, after = checkpoint(_run_from, segment, cache.fork(), use_reentrant=False)
+            with offload.hooks() if config.offload else nullcontext():
+                output, after = recomputed(segment, cache)
             cache.adopt(after)
         else:
             output, _ = segment(cache)
         outputs.append(output)
         start += length
+    if call.use_cache and cache.functional and not gradients:
+        cache.make_in_place()
     seam.observe(cache, layout, evicted=cache.evictions > before)
     return _join(outputs, layout)
 
@@ -272,17 +277,18 @@ def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
         )
 
 
-def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
-    """Tokens of the next segment, and whether an eviction comes first."""
-    piece = max(cache.tokens_per_eviction, _SHORTEST_PIECE) if torch.is_grad_enabled() else layout.columns
+def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int, most: int) -> tuple[int, int]:
+    """Tokens of the next segment, and the evictions it spans; ``most`` bounds them."""
+    step = cache.tokens_per_eviction
+    remaining = layout.columns - start
+    piece = max(most * step, SHORTEST_SEGMENT) if torch.is_grad_enabled() else remaining
     if cache.missing_prompt:
-        return min(cache.missing_prompt, piece), False
-    evict = cache.room == 0
-    room = cache.tokens_per_eviction if evict else min(cache.room, piece)
-    length = min(room, layout.columns - start)
+        return min(cache.missing_prompt, piece), 0
+    evictions = 0 if cache.room else max(min(most, remaining // step), 1)
+    length = min(evictions * step or min(cache.room, piece), remaining)
     if not seam.rotary:
         seam.check_positions(cache.get_seq_length() + length)
-    return length, evict
+    return length, evictions
 
 
 def _run_segment(
@@ -292,17 +298,25 @@ def _run_segment(
     positions: Tensor,
     valid: Tensor | None,
     column_mask: Tensor | None,
-    evict: bool,
+    evictions: int,
+    recompute_layers: bool,
     rest: dict[str, Any],
     cache: PTECache,
 ) -> tuple[Any, PTECache]:
-    if evict:
-        cache.evict(seam.encoded_layers)
+    if evictions:
+        cache.evict(seam.encoded_layers, evictions)
     writes_prompt = cache.missing_prompt > 0
-    mask = seam.attention_mask(cache, positions, valid, column_mask)
+    mask = seam.attention_mask(cache, positions, valid, column_mask, evictions)
     if not writes_prompt:
         cache.record(positions, valid)
-    with bind(_Reader(seam, adapter, cache, (positions.shape[0], positions.shape[1]))), _layers_uncheckpointed(seam):
+    shape = (positions.shape[0], positions.shape[1])
+
+    @contextmanager
+    def binding(target: PTECache) -> Iterator[None]:
+        with bind(_Reader(seam, adapter, target, shape, max(evictions, 1))), _layers_uncheckpointed(seam):
+            yield
+
+    with binding(cache), layers_recomputed(seam.blocks, cache, binding) if recompute_layers else nullcontext():
         output = seam.inner(
             **tokens,
             attention_mask=mask,
@@ -312,21 +326,25 @@ def _run_segment(
             return_dict=True,
             **rest,
         )
+    cache.settle()
     return output, cache
 
 
-def _run_from(segment: Callable[[PTECache], tuple[Any, PTECache]], start: PTECache) -> Any:
-    return segment(start.fork())
-
-
 class _Reader:
-    """Gives each layer's adapters their state, encoding what the layer lost when they first ask."""
+    """Gives each layer's adapters their states, encoding what the layer lost when they first ask."""
 
-    def __init__(self, seam: Seam, adapter: str, cache: PTECache, shape: tuple[int, int]) -> None:
-        self.seam, self.adapter, self.cache = seam, adapter, cache
+    def __init__(self, seam: Seam, adapter: str, cache: PTECache, shape: tuple[int, int], states: int = 1) -> None:
+        self.seam, self.adapter, self.cache, self.states = seam, adapter, cache, states
         self.batch, self.tokens = shape
+        self._readings: dict[int, Reading] = {}
 
-    def __call__(self, layer_index: int) -> Tensor:
+    def __call__(self, layer_index: int) -> Reading:
+        reading = self._readings.get(layer_index)
+        if reading is None:
+            reading = self._readings[layer_index] = Reading(self._read(layer_index), self.batch, self.tokens)
+        return reading
+
+    def _read(self, layer_index: int) -> Tensor:
         layer = self.cache.state.layers[layer_index]
         if layer.value is not None and not layer.pending:
             return layer.value
@@ -334,10 +352,11 @@ class _Reader:
         value = layer.value
         if value is None:
             value = encoder.initial_state(self.adapter).expand(self.batch, -1, -1)
+        values = [value]
         for evicted in layer.pending:
-            value = encoder(self.adapter, value, evicted)
-        self.cache.state.layers[layer_index] = LayerState(value)
-        return value
+            values.append(encoder(self.adapter, values[-1], evicted))
+        self.cache.state.layers[layer_index] = LayerState(values[-1])
+        return values[-1] if self.states == 1 else torch.stack(values[-self.states :], dim=1).flatten(0, 1)
 
 
 @contextmanager

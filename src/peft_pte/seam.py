@@ -30,6 +30,8 @@ from .statistics import Statistics
 
 _ATTRIBUTE = "_pte_seam"
 _HOOKED_METHOD = "_prepare_cache_for_generation"
+# Attention that takes a mask of any form.
+_MASKABLE = ("eager", "sdpa", "flex_attention")
 
 
 class Seam:
@@ -139,12 +141,41 @@ class Seam:
         """Whether gradient checkpointing is on."""
         return self.backbone.training and any(module.gradient_checkpointing for module in self.checkpointable)
 
+    @property
+    def blocks(self) -> list[tuple[int, nn.Module]]:
+        """The decoder layers, with their indices."""
+        return [(index, self.model.get_submodule(site.block)) for index, site in self.sites.items()]
+
+    def most_evictions(self, adapter: str) -> int:
+        """Evictions that one pass of the layers may span.
+
+        Raises:
+            NotImplementedError: `segment_length` asks for several, and the attention takes no mask that could tell its
+                tokens what each may see.
+        """
+        config = self.config(adapter)
+        most = config.evictions_per_segment
+        if most == 1 or self.text_config._attn_implementation in _MASKABLE:
+            return most
+        if config.segment_length is None:
+            return 1
+        raise NotImplementedError(
+            f"`segment_length` must be {config.tokens_per_eviction} with attn_implementation="
+            f"{self.text_config._attn_implementation!r}, which takes no masks, got {config.segment_length}. Leave it out, or "
+            f"load the model with attn_implementation in {', '.join(map(repr, _MASKABLE))}."
+        )
+
     def attention_mask(
-        self, cache: PTECache, positions: Tensor, valid: Tensor | None, columns: Tensor | None
-    ) -> Tensor | dict[str, Any] | None:
-        """The mask the backbone is given: 2D in slot order, or one per layer type where sliding layers count columns."""
+        self, cache: PTECache, positions: Tensor, valid: Tensor | None, columns: Tensor | None, evictions: int
+    ) -> Any:
+        """The mask the backbone is given before ``T`` tokens are written, in slot order.
+
+        2D (``None``: nothing is hidden); as the attention wants it where the tokens span several evictions; or one per
+        layer type where sliding layers count columns.
+        """
         slots = cache.slot_mask(valid, positions.shape[1])
-        if not any(cache.is_sliding):
+        sliding = any(cache.is_sliding)
+        if not sliding and evictions <= 1:
             return slots
         arguments: dict[str, Any] = {
             "config": self.text_config,
@@ -152,8 +183,12 @@ class Seam:
             "past_key_values": cache,
             "position_ids": positions,
         }
+        visible = _still_there(cache) if evictions > 1 else None
+        full = create_causal_mask(attention_mask=slots, and_mask_function=visible, **arguments)
+        if not sliding:
+            return full
         return {
-            "full_attention": create_causal_mask(attention_mask=slots, **arguments),
+            "full_attention": full,
             "sliding_attention": create_sliding_window_causal_mask(attention_mask=columns, **arguments),
         }
 
@@ -211,6 +246,18 @@ class _Calls(threading.local):
 
     def __reduce__(self) -> tuple[type[_Calls], tuple[()]]:
         return _Calls, ()
+
+
+def _still_there(cache: PTECache) -> Callable[[Any, Any, Any, Any], Any]:
+    """Which slots the tokens of a pass over several evictions may see: the first ``m`` all, the next ``m`` fewer, ..."""
+    _, layer = cache.thought_layers[0]
+    prompt, start, step = layer.prompt, layer.slots, cache.tokens_per_eviction
+
+    def visible(batch_index: Any, head_index: Any, query_index: Any, slot: Any) -> Any:
+        gone = (query_index - start) // step * step
+        return (slot < prompt) | (slot >= prompt + gone)
+
+    return visible
 
 
 def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
