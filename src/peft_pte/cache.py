@@ -345,6 +345,31 @@ def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     return (evict, ranks, config.key_rotation, *(getattr(config, name) for name in fields))
 
 
+def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
+    """Refuse a cache that the active ``adapter`` cannot use; note that it does.
+
+    Raises:
+        TypeError: It is no PTECache.
+        ValueError: It is of another adapter, or of another configuration.
+    """
+    if not isinstance(cache, PTECache):
+        raise TypeError(
+            f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
+            "out in `generate`, or pass PTECache(model.config, pte_config)."
+        )
+    if cache.fingerprint != fingerprint(config):
+        raise ValueError(
+            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
+            f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
+        )
+    if cache.adapter not in (None, adapter):
+        raise ValueError(
+            f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
+            "can read the other's states. Activate the first again, or start with a cache of its own."
+        )
+    cache.adapter = adapter
+
+
 def _own_tensors(layer: Any) -> list[Tensor]:
     """Every tensor of a layer that is the model's own."""
     return [part for part in vars(layer).values() if isinstance(part, Tensor)]

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import PTECache, fingerprint
-from .config import SHORTEST_SEGMENT, PTEConfig
+from .cache import PTECache, check_cache
+from .config import SHORTEST_SEGMENT
+from .decode import announce, step
 from .layout import Layout, PromptSpec, lay_out
 from .recompute import Offload, layers_recomputed, recomputed
 from .state import LayerState, Reading, bind
+from .static_cache import StaticPTECache
 
 if TYPE_CHECKING:
     from .seam import Seam
@@ -70,7 +72,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     config = seam.config(adapter)
     call = _sort_arguments(seam, arguments)
     if call.cache is not None:
-        _check_cache(call.cache, config, adapter)
+        check_cache(call.cache, config, adapter)
     batch, columns = call.shape
     fresh = call.cache is None or call.cache.get_seq_length() == 0
     boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
@@ -134,25 +136,6 @@ def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
         return_dict=True if return_dict is None else return_dict,
         rest={name: value for name, value in rest.items() if value is not None},
     )
-
-
-def _check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
-    if not isinstance(cache, PTECache):
-        raise TypeError(
-            f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
-            "out in `generate`, or pass PTECache(model.config, pte_config)."
-        )
-    if cache.fingerprint != fingerprint(config):
-        raise ValueError(
-            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
-            f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
-        )
-    if cache.adapter not in (None, adapter):
-        raise ValueError(
-            f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
-            "can read the other's states. Activate the first again, or start with a cache of its own."
-        )
-    cache.adapter = adapter
 
 
 def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
@@ -284,6 +267,8 @@ def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int, most:
     piece = max(most * step, SHORTEST_SEGMENT) if torch.is_grad_enabled() else remaining
     if cache.missing_prompt:
         return min(cache.missing_prompt, piece), 0
+    if isinstance(cache, StaticPTECache):
+        return 1, 0  # `announce` evicts.
     evictions = 0 if cache.room else max(min(most, remaining // step), 1)
     length = min(evictions * step or min(cache.room, piece), remaining)
     if not seam.rotary:
@@ -303,9 +288,24 @@ def _run_segment(
     rest: dict[str, Any],
     cache: PTECache,
 ) -> tuple[Any, PTECache]:
+    writes_prompt = cache.missing_prompt > 0
+    if isinstance(cache, StaticPTECache) and not writes_prompt:
+        announce(seam, adapter, cache, positions, valid)
+        mask = seam.attention_mask(cache, positions, valid, column_mask, 0)
+        output = step(
+            seam,
+            cache,
+            **tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **rest,
+        )
+        return output, cache
     if evictions:
         cache.evict(seam.encoded_layers, evictions)
-    writes_prompt = cache.missing_prompt > 0
     mask = seam.attention_mask(cache, positions, valid, column_mask, evictions)
     if not writes_prompt:
         cache.record(positions, valid)

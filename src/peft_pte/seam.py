@@ -18,18 +18,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 from .cache import PTECache
 from .config import PTEConfig
+from .decode import prepare, step
 from .encoder import CHILD_NAME, PTEEncoder
 from .layout import Layout, PromptSpec
 from .replay import run
 from .sites import find_backbone, find_sites
+from .static_cache import StaticPTECache
 from .statistics import Statistics
 
 _ATTRIBUTE = "_pte_seam"
 _HOOKED_METHOD = "_prepare_cache_for_generation"
+_MASKS_METHOD = "create_masks_for_generate"
+_NO_ADAPTER = (
+    "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was evicted. Enable the "
+    "adapter, or leave the cache out."
+)
 # Attention that takes a mask of any form.
 _MASKABLE = ("eager", "sdpa", "flex_attention")
 
@@ -83,10 +94,11 @@ class Seam:
         setattr(self.model, _ATTRIBUTE, self)
         original = getattr(type(self.model), _HOOKED_METHOD)
         self.model._prepare_cache_for_generation = _bound(_prepare_cache, self.model, original)
+        self.model.create_masks_for_generate = functools.partial(_create_masks, self.model)
         self.model.generate_batch = functools.partial(_refuse_generate_batch, self.model)
         self._hooks = [
             self.model.register_forward_pre_hook(_enter_call, with_kwargs=True),
-            self.model.register_forward_hook(_leave_call, always_call=True),
+            self.model.register_forward_hook(_leave_call, with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -96,7 +108,7 @@ class Seam:
         del self.backbone.forward
         if self._inner is not None:
             self.backbone.forward = self._inner
-        for name in (_HOOKED_METHOD, "generate_batch"):
+        for name in (_HOOKED_METHOD, _MASKS_METHOD, "generate_batch"):
             self.model.__dict__.pop(name, None)
         for module in (self.model, self.backbone):
             module.__dict__.pop(_ATTRIBUTE, None)
@@ -104,11 +116,11 @@ class Seam:
             if hasattr(site.attention, CHILD_NAME):
                 delattr(site.attention, CHILD_NAME)
 
-    def inner(self, **arguments: Any) -> Any:
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own forward."""
         if self._inner is not None:
-            return self._inner(**arguments)
-        return type(self.backbone).forward(self.backbone, **arguments)
+            return self._inner(*args, **kwargs)
+        return type(self.backbone).forward(self.backbone, *args, **kwargs)
 
     @property
     def encoded_layers(self) -> list[int]:
@@ -133,9 +145,30 @@ class Seam:
         configs: dict[str, PTEConfig] = self.model.peft_config
         return configs[adapter]
 
-    def new_cache(self, adapter: str) -> PTECache:
-        """An empty cache for ``adapter``."""
-        return PTECache(self.text_config, self.config(adapter))
+    def new_cache(self, adapter: str, static: bool = False) -> PTECache:
+        """An empty cache for ``adapter``.
+
+        Raises:
+            NotImplementedError: It is to be ``static``, and the adapter or the attention has no such form.
+        """
+        if static and self.text_config._attn_implementation not in _MASKABLE:
+            raise NotImplementedError(
+                f'`cache_implementation` must not be "static" with attn_implementation='
+                f"{self.text_config._attn_implementation!r}, which takes no mask over slots. Leave it unset, or load the "
+                f"model with attn_implementation in {', '.join(map(repr, _MASKABLE))}."
+            )
+        return (StaticPTECache if static else PTECache)(self.text_config, self.config(adapter))
+
+    def require_adapter(self) -> str:
+        """The PTE adapter in use.
+
+        Raises:
+            ValueError: None is.
+        """
+        adapter = self.active_adapter()
+        if adapter is None:
+            raise ValueError(_NO_ADAPTER)
+        return adapter
 
     def checkpoints_layers(self) -> bool:
         """Whether gradient checkpointing is on."""
@@ -166,16 +199,22 @@ class Seam:
         )
 
     def attention_mask(
-        self, cache: PTECache, positions: Tensor, valid: Tensor | None, columns: Tensor | None, evictions: int
+        self,
+        cache: PTECache,
+        positions: Tensor,
+        valid: Tensor | None,
+        columns: Tensor | None,
+        evictions: int,
+        prepared: bool = False,
     ) -> Any:
         """The mask the backbone is given before ``T`` tokens are written, in slot order.
 
-        2D (``None``: nothing is hidden); as the attention wants it where the tokens span several evictions; or one per
-        layer type where sliding layers count columns.
+        2D (``None``: nothing is hidden); as the attention wants it where the tokens span several evictions or it must be
+        ``prepared``; or one per layer type where sliding layers count columns.
         """
         slots = cache.slot_mask(valid, positions.shape[1])
         sliding = any(cache.is_sliding)
-        if not sliding and evictions <= 1:
+        if not (sliding or prepared or evictions > 1):
             return slots
         arguments: dict[str, Any] = {
             "config": self.text_config,
@@ -220,10 +259,7 @@ class Seam:
         adapter = self.active_adapter()
         if adapter is None:
             if isinstance(arguments.get("past_key_values"), PTECache):
-                raise ValueError(
-                    "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was "
-                    "evicted. Enable the adapter, or leave the cache out."
-                )
+                raise ValueError(_NO_ADAPTER)
             return self.inner(**arguments)
         return run(self, adapter, arguments, self._calls.take())
 
@@ -268,13 +304,37 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
     return functools.update_wrapper(functools.partial(function, module), original)
 
 
-@torch.compiler.disable(recursive=False)
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, StaticPTECache) and mask is not None and mask.ndim == 4:
+        return step(getattr(self, _ATTRIBUTE), cache, *args, **kwargs)
+    return _replayed_forward(self, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False)
+def _replayed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, _ATTRIBUTE).forward(*args, **kwargs)
 
 
-@torch.compiler.disable
+def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``create_masks_for_generate``, which ``generate`` calls outside of what it compiles."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, StaticPTECache):
+        seam: Seam = getattr(self, _ATTRIBUTE)
+        return prepare(seam, cache, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs["inputs_embeds"])
+    original = getattr(type(self), _MASKS_METHOD, None)
+    return (create_masks_for_generate if original is None else functools.partial(original, self))(*args, **kwargs)
+
+
 def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # A step on a static cache is traced as one graph, and has no labels.
+    if isinstance(kwargs.get("past_key_values"), StaticPTECache):
+        return args, kwargs
+    return _note_call(model, args, kwargs)
+
+
+@torch.compiler.disable
+def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if getattr(model, "_is_replica", False):
         raise NotImplementedError(
             "torch.nn.DataParallel copies a model without its seam, so its replicas would run on the first device's weights. "
@@ -289,8 +349,13 @@ def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if not isinstance(kwargs.get("past_key_values"), StaticPTECache):
+        _forget_call(model)
+
+
 @torch.compiler.disable
-def _leave_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _forget_call(model: nn.Module) -> None:
     stack = getattr(model, _ATTRIBUTE)._calls.stack
     if stack:
         stack.pop()
@@ -305,7 +370,8 @@ def _prepare_cache(
         made = False
         _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = seam.new_cache(adapter)
+            static = generation_config.cache_implementation == "static"
+            model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
             made = True
         cache = model_kwargs["past_key_values"]
         if isinstance(cache, PTECache) and cache.get_seq_length() == 0:
@@ -328,9 +394,9 @@ def _prompt_limit(generation_config: Any, model_kwargs: dict[str, Any], generati
 
 
 def _refuse_generation(generation_config: Any, bounded: bool) -> None:
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise NotImplementedError(
-            f"`cache_implementation` must be unset while a PTE adapter is active, got "
+            f'`cache_implementation` must be unset or "static" while a PTE adapter is active, got '
             f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
         )
     if generation_config.use_cache is False and bounded:

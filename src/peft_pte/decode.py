@@ -1,0 +1,80 @@
+"""One step of decoding on a :class:`StaticPTECache`: what happens between two forward passes, and what inside.
+
+Between: the window makes room, what left is encoded, the next slot is announced, the mask is made. Inside, nothing but the
+model's own layers, which write to the announced slot and read the published states. The inside can be traced as one graph
+that is the same for every step; the between depends on Python's count of thoughts and never on a value of a tensor, so it
+waits for no device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import check_cache
+from .state import Reading, bind
+from .static_cache import StaticPTECache
+
+if TYPE_CHECKING:
+    from .seam import Seam
+
+
+class StaticReader:
+    """Gives each layer's adapters the states that were published."""
+
+    def __init__(self, cache: StaticPTECache) -> None:
+        self.states, self.batch = cache.read_states, cache.batch
+
+    def __call__(self, layer_index: int) -> Reading:
+        """The states of a layer."""
+        return Reading(self.states[layer_index], self.batch, 1)
+
+
+def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor, valid: Tensor | None) -> None:
+    """Make the cache ready for one more thought: ``positions [B, 1]``, ``valid [B, 1]`` or ``None``."""
+    if cache.room == 0:
+        cache.evict(seam.encoded_layers)
+    cache.record(positions, valid)
+    for index in seam.encoded_layers:
+        layer = cache.state.layers[index]
+        if index in cache.read_states and not layer.pending:
+            continue
+        encoder = seam.encoder(index)
+        value = layer.value
+        if value is None:
+            value = encoder.initial_state(adapter).expand(positions.shape[0], -1, -1)
+        for evicted in layer.pending:
+            value = encoder(adapter, value, evicted)
+        cache.publish(index, value, encoder.beside.dtype)
+
+
+def prepare(
+    seam: Seam, cache: StaticPTECache, positions: Tensor | None, attention_mask: Tensor | None, like: Tensor
+) -> Any:
+    """What ``generate`` is to pass as ``attention_mask``, before every forward pass on tokens ``like [B, T, ...]``.
+
+    For a thought the cache is made ready and the mask is over its slots; the prompt goes as it is.
+
+    Raises:
+        ValueError: The cache is of another adapter, or none is active.
+    """
+    batch, length = like.shape[:2]
+    if length != 1 or cache.prompt_length is None or cache.missing_prompt:
+        return attention_mask
+    adapter = seam.require_adapter()
+    check_cache(cache, seam.config(adapter), adapter)
+    valid = None if attention_mask is None else attention_mask[:, -1:].bool()
+    if positions is None:
+        seen = torch.full((batch, 1), cache.get_seq_length(), device=like.device)
+        positions = seen if cache.padding is None else seen - cache.padding[:, None]
+    positions = positions.expand(batch, 1)
+    announce(seam, adapter, cache, positions, valid)
+    return seam.attention_mask(cache, positions, valid, None, evictions=0, prepared=True)
+
+
+def step(seam: Seam, cache: StaticPTECache, *args: Any, **kwargs: Any) -> Any:
+    """The backbone's forward after :func:`announce`; traced as it stands."""
+    with bind(StaticReader(cache)):
+        return seam.inner(*args, **kwargs)
