@@ -20,6 +20,7 @@ import peft
 import torch
 import transformers
 import trl
+from accelerate.utils import parse_flag_from_env
 from arms import (
     ARMS,
     CACHE_WINDOW,
@@ -35,7 +36,8 @@ from arms import (
 )
 from datasets import Dataset, load_dataset
 from tasks.grading import is_correct
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import peft_pte
@@ -94,6 +96,42 @@ def batch_plan(batch: int, processes: int, rollout_batch: int, micro_batch: int)
     }
 
 
+def is_sharded() -> bool:
+    """Whether this run shards the weights, as its launcher says before anything distributed is set up."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def padding_plan(arm: str, sharded: bool, max_prompt_length: int, max_completion_length: int) -> dict[str, int]:
+    """Padding that gives all processes as many segments to replay, as a field of ``GRPOConfig``.
+
+    Every segment gathers sharded weights, and a process that waits for the others' share of a segment they do not have
+    waits for ever. LoRA has one segment, and processes with whole weights need not agree.
+
+    Raises:
+        ValueError: A prompt could be longer than what both are padded to.
+    """
+    if arm == "lora" or not sharded:
+        return {}
+    if max_prompt_length > max_completion_length:
+        raise ValueError(
+            f"`--max-prompt-length` must be at most `--max-completion-length` where weights are sharded, got "
+            f"{max_prompt_length} and {max_completion_length}: TRL pads both to multiples of one number."
+        )
+    return {"pad_to_multiple_of": max_completion_length}
+
+
+class ShardedGeneration(TrainerCallback):
+    """Lets FSDP2 see `generate` as a forward of the model, so that it gathers what belongs to no decoder layer.
+
+    peft's `generate` calls the model inside its own, whatever the adapter; FSDP2 waits for a call of the outer one.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Once the model is sharded."""
+        if isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, "generate")
+
+
 def load_problems(name: str, tokenizer: Any, max_prompt_length: int) -> Dataset:
     """DAPO-Math-17k as ``prompt`` (messages) and ``solution``, each problem once, without what is too long."""
     suffix = Path(name).suffix.lstrip(".")
@@ -132,6 +170,7 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=str(args.output_dir),
         **batch_plan(args.batch, world_size(), args.rollout_batch, args.micro_batch),
+        **padding_plan(args.arm, is_sharded(), args.max_prompt_length, args.max_completion_length),
         num_generations=args.num_generations,
         max_completion_length=args.max_completion_length,
         learning_rate=args.learning_rate,
@@ -169,6 +208,7 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
             f"`--batch` must be what a step sees, got {args.batch} for {together} completions on each of "
             f"{trainer.accelerator.num_processes} processes. Start the script with `accelerate launch`."
         )
+    trainer.add_callback(ShardedGeneration())
     if args.arm != "lora":
         PTECallback.attach(trainer)
     return trainer
@@ -191,8 +231,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     cuda = torch.cuda.is_available()
     record = {
+        "kind": "training",
         "model": args.model,
         "arm": args.arm,
+        "cache_window": None if args.arm == "lora" else args.cache_window,
+        "data": {} if args.dataset == DATASET else {"dapo": args.dataset},
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "processes": trainer.accelerator.num_processes,
         "distributed": str(trainer.accelerator.distributed_type),
@@ -205,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
         "history": trainer.state.log_history,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / f"train-{Path(args.model).name}-{args.arm}.json"
+    window = "full" if args.arm == "lora" else args.cache_window
+    file = args.results / f"train-{Path(args.model).name}-{args.arm}-{window}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{trainer.state.global_step} steps, {seconds:.0f} s. Adapter in {args.output_dir}, record in {file}.")
 

@@ -1,6 +1,6 @@
 r"""The six test sets under a cache window, through lm-evaluation-harness with our model object.
 
-    python examples/paper/evaluate.py --model qwen2.5-3b --arm pte --adapter outputs/paper/qwen2.5-3b-pte \
+    python examples/paper/evaluation.py --model qwen2.5-3b --arm pte --adapter outputs/paper/qwen2.5-3b-pte \
         --cache-window 768 1024 2048 --max-new-tokens 3072
 
 One results file per window and length goes to `--results`; `table.py` reads them. `--arm base` (no adapter) under a window is
@@ -165,6 +165,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, task_manager: TaskMa
             if scores is None:
                 continue
             record = {
+                "kind": "evaluation",
                 "model": args.model,
                 "arm": args.arm,
                 "cache_window": window,
