@@ -45,7 +45,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-window", nargs="+", default=["768", "1024", "2048"], help=f"thoughts the cache holds, or {FULL!r}")
     add("--max-new-tokens", nargs="+", type=int, default=[MAX_COMPLETION_LENGTH], help="lengths, e.g. 3072 65536")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    add("--data", nargs="*", default=[], metavar="TASK=FILE", help="local JSON or JSON-lines files instead of the hub's")
+    add(
+        "--data", nargs="*", default=[], metavar="TASK=FILE", help="local JSON or JSON-lines files instead of the hub's"
+    )
     add("--limit", type=int, help="problems per task, to try things out")
     add("--batch-size", type=int, default=16, help="sequences that are decoded together, per process")
     add("--temperature", type=float, default=0.6, help="0: greedy")
@@ -59,7 +61,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if (args.arm == "base") != (args.adapter is None):
         parser.error(f"`--adapter` must be given for every arm but base, got {args.adapter} for {args.arm}.")
     if args.arm == "lora" and windows != [None]:
-        parser.error(f"`--cache-window` must be {FULL} for --arm lora, got {args.cache_window}: LoRA has no bounded cache.")
+        parser.error(
+            f"`--cache-window` must be {FULL} for --arm lora, got {args.cache_window}: LoRA has no bounded cache."
+        )
     args.cache_window = windows
     args.data = dict(entry.split("=", 1) for entry in args.data)
     unknown = sorted(set(args.data) - set(TASKS))
@@ -79,7 +83,12 @@ def load_model(name: str, adapter: Path | None, window: int | None, dtype: str, 
     elif window is not None:
         # A fresh adapter is exactly the base model, and its cache is bounded.
         bounded = PTEConfig(
-            task_type="CAUSAL_LM", r=1, num_global_tokens=1, target_modules=["q_proj"], state_update="off", cache_window=window
+            task_type="CAUSAL_LM",
+            r=1,
+            num_global_tokens=1,
+            target_modules=["q_proj"],
+            state_update="off",
+            cache_window=window,
         )
         model = get_peft_model(model, bounded)
     return model.to(device).eval()

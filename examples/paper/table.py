@@ -1,6 +1,6 @@
 """Our numbers beside the paper's: prints Markdown from the records in `results/`, and 'not run' where there is none.
 
-    python examples/paper/table.py
+python examples/paper/table.py
 """
 
 from __future__ import annotations
