@@ -38,6 +38,11 @@ def model_name(name: str) -> str:
     return MODELS.get(name, name)
 
 
+def short_name(name: str) -> str:
+    """What results are filed under: the short name of one of the three, however it was named."""
+    return {hub: short for short, hub in MODELS.items()}.get(name, name.rstrip("/").rpartition("/")[2])
+
+
 def adapter_config(
     arm: str, *, rank: int = RANK, num_global_tokens: int = GLOBAL_TOKENS, cache_window: int = CACHE_WINDOW
 ) -> PeftConfig:

@@ -21,7 +21,7 @@ import lm_eval
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
-from arms import ARMS, MAX_COMPLETION_LENGTH, model_name
+from arms import ARMS, MAX_COMPLETION_LENGTH, model_name, short_name
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -169,13 +169,15 @@ def run(args: argparse.Namespace, accelerator: Accelerator, task_manager: TaskMa
     for window in args.cache_window:
         model = load_model(args.model, args.adapter, window, args.dtype, device)
         for tokens in args.max_new_tokens:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             harness = make_harness(model, tokenizer, tokens, args.batch_size, accelerator)
             scores = evaluate(harness, task_manager, args, tokens)
             if scores is None:
                 continue
             record = {
                 "kind": "evaluation",
-                "model": args.model,
+                "model": short_name(args.model),
                 "arm": args.arm,
                 "cache_window": window,
                 "max_new_tokens": tokens,
@@ -193,9 +195,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator, task_manager: TaskMa
                 },
             }
             args.results.mkdir(parents=True, exist_ok=True)
-            name = f"{Path(args.model).name}-{args.arm}-{FULL if window is None else window}-{tokens}.json"
+            name = f"{short_name(args.model)}-{args.arm}-{FULL if window is None else window}-{tokens}.json"
             (args.results / name).write_text(json.dumps(record, indent=1) + "\n")
             print(f"{name}: {json.dumps(scores)}")
+        # Before the next is loaded, or two would have to fit.
+        del harness, model
 
 
 if __name__ == "__main__":

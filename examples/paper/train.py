@@ -33,6 +33,7 @@ from arms import (
     RANK,
     adapter_config,
     model_name,
+    short_name,
 )
 from datasets import Dataset, load_dataset
 from tasks.grading import is_correct
@@ -190,6 +191,8 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
         report_to=args.report_to,
         seed=args.seed,
     )
+    # The trainer seeds itself after it has made the adapter.
+    transformers.set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_name(args.model), padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = GRPOTrainer(
@@ -232,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     record = {
         "kind": "training",
-        "model": args.model,
+        "model": short_name(args.model),
         "arm": args.arm,
         "cache_window": None if args.arm == "lora" else args.cache_window,
         "data": {} if args.dataset == DATASET else {"dapo": args.dataset},
@@ -249,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.results.mkdir(parents=True, exist_ok=True)
     window = "full" if args.arm == "lora" else args.cache_window
-    file = args.results / f"train-{Path(args.model).name}-{args.arm}-{window}.json"
+    file = args.results / f"train-{short_name(args.model)}-{args.arm}-{window}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{trainer.state.global_step} steps, {seconds:.0f} s. Adapter in {args.output_dir}, record in {file}.")
 

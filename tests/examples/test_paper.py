@@ -21,10 +21,10 @@ PAPER = ROOT / "examples" / "paper"
 # Last, because scripts have everyday names.
 sys.path.append(str(PAPER))
 
-import arms
-import table
-import train
-from tasks import grading
+import arms  # noqa: E402
+import table  # noqa: E402
+import train  # noqa: E402
+from tasks import grading  # noqa: E402
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -136,6 +136,7 @@ def test_the_arms_are_those_of_the_paper():
     assert arms.adapter_config("lora_c").state_update == "off"
     assert arms.adapter_config("global_only").state_update == "frozen"
     assert arms.adapter_config("lora").peft_type == "LORA"
+    assert [arms.short_name(arms.model_name(name)) for name in arms.MODELS] == list(arms.MODELS)
     with pytest.raises(ValueError, match="`arm` must be one of"):
         arms.adapter_config("dora")
 
@@ -287,6 +288,15 @@ def test_scores_come_from_the_harness_repeats(evaluation, folder, tmp_path):
     )
 
 
+def test_lora_is_evaluated_on_its_full_cache(evaluation, folder, tmp_path):
+    train.main(texts(train_arguments(folder, tmp_path, "qwen2.5-3b", "lora")))
+    arguments = evaluate_arguments(folder, tmp_path, "qwen2.5-3b", "lora", "--adapter", tmp_path / "run")
+    evaluation.main(texts([*arguments, "--cache-window", "full", "--tasks", "olympiadbench"]))
+    assert set(json.loads((tmp_path / "results" / "qwen2.5-3b-lora-full-6.json").read_text())["scores"]) == {
+        "olympiadbench"
+    }
+
+
 def test_a_trained_adapter_is_evaluated_under_other_windows(evaluation, folder, tmp_path):
     train.main(texts(train_arguments(folder, tmp_path, "r1-llama-8b", "pte")))
     model = evaluation.load_model(str(folder / "r1-llama-8b"), tmp_path / "run", 8, "float32", "cpu")
@@ -390,20 +400,11 @@ def test_the_table_shows_whole_runs_and_leaves_trials_out(tmp_path, capsys):
 
 
 def launch(script, arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    environment = {**os.environ, "PEFT_PTE_CHECK_SHAPES": "0", "TRITON_INTERPRET": "0"}
+    # torchrun, because `accelerate launch --cpu` starts a single process, whatever it is told.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PEFT_PTE_CHECK_SHAPES": "0", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, *options, str(PAPER / script), *texts(arguments)],
+        [*command, str(PAPER / script), *texts(arguments)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

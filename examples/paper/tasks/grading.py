@@ -1,6 +1,6 @@
-"""Right or wrong, by math-verify, in DAPO's answer format; for the reward of training and for the harness alike.
+r"""Right or wrong, by math-verify, in DAPO's answer format; for the reward of training and for the harness alike.
 
-A response is judged by what follows its last ``Answer:``, else by its last ``\\boxed{...}``; a response with neither is
+A response is judged by what follows its last ``Answer:``, else by its last ``\boxed{...}``; a response with neither is
 wrong. Both sides are read as LaTeX.
 """
 
