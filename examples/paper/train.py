@@ -20,7 +20,6 @@ import peft
 import torch
 import transformers
 import trl
-from accelerate.utils import parse_flag_from_env
 from arms import (
     ARMS,
     CACHE_WINDOW,
@@ -97,30 +96,6 @@ def batch_plan(batch: int, processes: int, rollout_batch: int, micro_batch: int)
     }
 
 
-def is_sharded() -> bool:
-    """Whether this run shards the weights, as its launcher says before anything distributed is set up."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-
-
-def padding_plan(arm: str, sharded: bool, max_prompt_length: int, max_completion_length: int) -> dict[str, int]:
-    """Padding that gives all processes as many segments to replay, as a field of ``GRPOConfig``.
-
-    Every segment gathers sharded weights, and a process that waits for the others' share of a segment they do not have
-    waits for ever. LoRA has one segment, and processes with whole weights need not agree.
-
-    Raises:
-        ValueError: A prompt could be longer than what both are padded to.
-    """
-    if arm == "lora" or not sharded:
-        return {}
-    if max_prompt_length > max_completion_length:
-        raise ValueError(
-            f"`--max-prompt-length` must be at most `--max-completion-length` where weights are sharded, got "
-            f"{max_prompt_length} and {max_completion_length}: TRL pads both to multiples of one number."
-        )
-    return {"pad_to_multiple_of": max_completion_length}
-
-
 class ShardedGeneration(TrainerCallback):
     """Lets FSDP2 see `generate` as a forward of the model, so that it gathers what belongs to no decoder layer.
 
@@ -171,7 +146,6 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=str(args.output_dir),
         **batch_plan(args.batch, world_size(), args.rollout_batch, args.micro_batch),
-        **padding_plan(args.arm, is_sharded(), args.max_prompt_length, args.max_completion_length),
         num_generations=args.num_generations,
         max_completion_length=args.max_completion_length,
         learning_rate=args.learning_rate,

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .cache import PTECache, check_cache
 from .config import SHORTEST_SEGMENT
@@ -177,7 +177,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     positions = _positions(call, seen)
     if boundaries is not None:
         _refuse_packed(call.positions, call.mask)
-        layout = lay_out(boundaries, call.mask, call.shape[1])
+        layout = lay_out(boundaries, call.mask, call.shape[1], _agreement(call.device) if seam.sharded() else None)
         # A cache in another layout than its caller's columns cannot be continued by the caller's masks.
         call.use_cache = call.use_cache and (layout.source is None or call.cache is not None)
     tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
@@ -413,6 +413,21 @@ def _positions(call: Call, seen: int) -> Tensor:
     if call.mask is not None:
         return (call.mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -columns:]
     return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
+
+
+def _agreement(device: torch.device) -> Callable[[int, int], tuple[int, int]]:
+    """Lets every process run as many segments as the one with the most.
+
+    Sharded weights are gathered once per segment, by all processes together; one that has fewer would be waited for.
+    """
+
+    def widest(prompt: int, thoughts: int) -> tuple[int, int]:
+        columns = torch.tensor([prompt, thoughts], device=device)
+        distributed.all_reduce(columns, op=distributed.ReduceOp.MAX)
+        prompt, thoughts = columns.tolist()
+        return prompt, thoughts
+
+    return widest
 
 
 def _refuse_packed(positions: Tensor | None, mask: Tensor | None) -> None:

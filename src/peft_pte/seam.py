@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import (
@@ -169,6 +169,18 @@ class Seam:
         if adapter is None:
             raise ValueError(_NO_ADAPTER)
         return adapter
+
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes, which then gather them layer by layer (FSDP, ZeRO-3)."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        wrapped = (FSDPModule, FullyShardedDataParallel)
+        if any(isinstance(module, wrapped) for module in self.model.modules()):
+            return True
+        # DeepSpeed marks the parameters that it partitions.
+        return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
     def checkpoints_layers(self) -> bool:
         """Whether gradient checkpointing is on."""

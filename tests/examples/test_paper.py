@@ -209,13 +209,6 @@ def test_batches_that_do_not_divide_are_refused(processes, rollout, micro):
         train.batch_plan(512, processes, rollout, micro)
 
 
-def test_sharded_processes_replay_as_many_segments():
-    assert train.padding_plan("pte", True, 1024, 3072) == {"pad_to_multiple_of": 3072}
-    assert train.padding_plan("pte", False, 1024, 3072) == train.padding_plan("lora", True, 1024, 3072) == {}
-    with pytest.raises(ValueError, match="must be at most"):
-        train.padding_plan("pte", True, 4096, 3072)
-
-
 def test_problems_come_once_and_not_too_long(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "qwen2.5-3b")
     rows = train.load_problems(str(folder / "dapo.jsonl"), tokenizer, 1024)

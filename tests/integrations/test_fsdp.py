@@ -19,17 +19,17 @@ from tests.helpers import assert_close
 from tests.integrations.common import COMPLETION, WINDOW, make_trl_base, pte_config
 
 PROMPT = 6
-# The processes score sequences of different lengths, padded to as many columns.
+# The processes score sequences of different lengths, in as many columns as each needs.
 LENGTHS = (2 * WINDOW, COMPLETION)
+PROMPTS = (PROMPT, PROMPT - 2)
 
 
 def make_batch(rank):
     generator = torch.Generator().manual_seed(rank)
-    ids = torch.randint(3, VOCABULARY, (2, PROMPT + COMPLETION), generator=generator)
-    mask = (torch.arange(ids.shape[1]) < PROMPT + LENGTHS[rank]).long().expand(2, -1)
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :PROMPT] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids = torch.randint(3, VOCABULARY, (2, PROMPTS[rank] + LENGTHS[rank]), generator=generator)
+    labels = ids.clone()
+    labels[:, : PROMPTS[rank]] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def score(model, rank):
@@ -68,7 +68,7 @@ def work(rank, port, checkpointing):
     (sum(losses) / 2).backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    prompt = {name: rows[:, :PROMPT] for name, rows in make_batch(rank).items() if name != "labels"}
+    prompt = {name: rows[:, : PROMPTS[rank]] for name, rows in make_batch(rank).items() if name != "labels"}
     # The processes stop at different lengths.
     options = {"min_new_tokens": LENGTHS[rank], "max_new_tokens": LENGTHS[rank], "do_sample": False}
     decoded = model.eval().generate(**prompt, **options)

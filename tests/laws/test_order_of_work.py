@@ -92,6 +92,22 @@ def test_length_of_a_segment(family, attention):
         assert_same_gradients(found[length][0], found[2][0])
 
 
+@pytest.mark.parametrize("prompts", [(4, 4, 4), (7, 2, 5)])
+@pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
+def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
+    model = make_pte(family)
+    batch = roll_out(model, make_prompts(prompts), 3 * WINDOW).truncated(3 * WINDOW, [24, 20, 3])
+    expected, loss = gradients(model.train(), batch)
+    monkeypatch.setattr("peft_pte.seam.Seam.sharded", lambda seam: True)
+    monkeypatch.setattr(
+        "peft_pte.replay._agreement", lambda device: lambda prompt, thoughts: (prompt + 3, thoughts + 9)
+    )
+    model.gradient_checkpointing_enable()
+    actual, loss_of_more = gradients(model, batch)
+    assert_close(loss_of_more, loss)
+    assert_same_gradients(actual, expected)
+
+
 @pytest.mark.parametrize("fields", [{}, {"eviction": "key_diff"}, {"backprop_through_cache": False}], ids=str)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("recompute_layers", [False, True])
