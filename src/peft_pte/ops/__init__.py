@@ -1,7 +1,8 @@
 """The mathematics, each operation as a torch reference and a Triton kernel; equations in ``ops/README.md``."""
 
+from .compress import compress_
 from .delta import delta
 from .encode import encode
 from .implementation import resolve_impl
 
-__all__ = ["delta", "encode", "resolve_impl"]
+__all__ = ["compress_", "delta", "encode", "resolve_impl"]
