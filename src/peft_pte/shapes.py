@@ -44,6 +44,9 @@ Hidden = Float[Tensor, "B T inner"]
 Down = Float[Tensor, "R inner"]
 Up = Float[Tensor, "outer Q"]
 Output = Float[Tensor, "B T outer"]
+GroupDown = Float[Tensor, "ranks inner"]
+GroupUp = Float[Tensor, "_ Q"]
+GroupOutput = Float[Tensor, "B T _"]
 Positions = Int[Tensor, "B N"]
 
 F = TypeVar("F", bound=Callable[..., object])

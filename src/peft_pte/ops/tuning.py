@@ -18,17 +18,6 @@ import torch
 Blocks = Mapping[str, int]
 Table = Mapping[str, Blocks]
 
-FIELDS = {
-    "compress": {"b_E", "b_D", "num_warps", "num_stages"},
-    "encode": {"b_E", "b_D", "num_warps", "num_stages"},
-    "encode_backward": {"b_E", "num_warps", "num_stages"},
-    "delta_read": {"b_T", "b_I", "num_warps", "num_stages"},
-    "delta_expand": {"b_N", "b_O", "num_warps", "num_stages"},
-    "delta_state": {"b_T", "num_warps", "num_stages"},
-    "delta_group_read": {"b_N", "b_I", "b_S", "num_warps", "num_stages"},
-}
-"""What a launch of each operation is told: block sizes of the axes, warps per program, stages of the pipeline."""
-
 # Never timed. Chosen so that ptxas reports no spilled registers for sm_90 at the shapes of ops/README.md in half precision,
 # and otherwise by the arithmetic there.
 _HOPPER: dict[str, Blocks] = {

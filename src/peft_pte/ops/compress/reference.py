@@ -52,7 +52,7 @@ def compress_reference(
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
-    """Turn by ``k * cos + rotate(k) * sin`` the first ``cos.shape[-1]`` dimensions of ``heads [..., head_dim]``."""
+    """The first ``cos.shape[-1]`` dimensions of ``heads [..., head_dim]`` turned: ``k * cos + turned(k) * sin``."""
     rotary_dim = cos.shape[-1]
     rotated, rest = heads[..., :rotary_dim], heads[..., rotary_dim:]
     if style == "half":

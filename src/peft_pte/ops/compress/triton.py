@@ -19,12 +19,12 @@ from ..tuning import blocks_for
 
 
 @triton.jit
-def _finish(p_state, s_state, layer, row, update, gain, Q, R, b_Q: tl.constexpr, b_R: tl.constexpr):
+def _finish(p_state, s_state, layer, row, update, GAIN: tl.constexpr, Q, R, b_Q: tl.constexpr, b_R: tl.constexpr):
     o_q = tl.arange(0, b_Q).to(tl.int64)
     o_r = tl.arange(0, b_R).to(tl.int64)
     m_qr = (o_q < Q)[:, None] & (o_r < R)[None, :]
     p_here = p_state + layer * s_state[0] + row * s_state[1] + o_q[:, None] * s_state[2] + o_r[None, :] * s_state[3]
-    state = tl.load(p_here, mask=m_qr, other=0.0) + gain * update
+    state = tl.load(p_here, mask=m_qr, other=0.0) + GAIN * update
     square = tl.sum(state * state, axis=1)
     tl.store(p_here, state / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None], mask=m_qr)
 
@@ -49,11 +49,11 @@ def _compress_kernel(
     s_cos,
     s_sin,
     s_valid,
-    gain,
     L,
     G,
     E,
     per_split,
+    GAIN: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -181,7 +181,7 @@ def _compress_kernel(
             tl.store(p_peak + part * Q + o_q, peak, mask=m_q)
     else:
         update = update / tl.where(total > 0, total, 1.0)[:, None]
-        _finish(p_state, s_state, layer, row, update, gain, Q, R, b_Q, b_R)
+        _finish(p_state, s_state, layer, row, update, GAIN, Q, R, b_Q, b_R)
 
 
 @triton.jit
@@ -191,9 +191,9 @@ def _combine_kernel(
     p_peak,
     p_total,
     s_state,
-    gain,
     L,
     n_splits,
+    GAIN: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -227,7 +227,7 @@ def _combine_kernel(
             update += more
             total += count
     update = update / tl.where(total > 0, total, 1.0)[:, None]
-    _finish(p_state, s_state, layer, row, update, gain, Q, R, b_Q, b_R)
+    _finish(p_state, s_state, layer, row, update, GAIN, Q, R, b_Q, b_R)
 
 
 @torch.library.custom_op("peft_pte::compress_", mutates_args=("state",))
@@ -262,7 +262,16 @@ def _compress(
     shape = (layers * batch * splits, queries) if splits > 1 else (0, queries)
     update, peak, total = state.new_empty(*shape, rank), state.new_empty(shape), state.new_empty(shape)
     half = 0 if cos is None else cos.shape[-1] // 2
-    common = {"Q": queries, "R": rank, "SOFTMAX": softmax, "b_Q": block(queries), "b_R": block(rank), "DTYPE": sums}
+    # The gain is a constant of the compilation: as an argument it would be a float32.
+    common = {
+        "GAIN": gain,
+        "Q": queries,
+        "R": rank,
+        "SOFTMAX": softmax,
+        "b_Q": block(queries),
+        "b_R": block(rank),
+        "DTYPE": sums,
+    }
     _compress_kernel[(layers * batch, splits)](
         state,
         keys,
@@ -282,7 +291,6 @@ def _compress(
         (0, 0, 0) if cos is None else cos.stride(),
         (0, 0, 0) if sin is None else sin.stride(),
         (0, 0) if mask is None else mask.stride(),
-        gain,
         layers,
         heads,
         evicted,
@@ -302,7 +310,7 @@ def _compress(
         **config,
     )
     if splits > 1:
-        _combine_kernel[(layers * batch,)](state, update, peak, total, state.stride(), gain, layers, splits, **common)
+        _combine_kernel[(layers * batch,)](state, update, peak, total, state.stride(), layers, splits, **common)
 
 
 @_compress.register_fake
