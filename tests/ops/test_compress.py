@@ -131,10 +131,10 @@ SHAPES = {
     },
     "enough programs not to split": {
         "L": 4,
-        "B": 5,
+        "B": 4,
         "G": 1,
-        "C": 90,
-        "E": 70,
+        "C": 50,
+        "E": 40,
         "head_dim": 16,
         "rotary_dim": 8,
         "padded": True,

@@ -9,6 +9,7 @@ import os
 import torch
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def triton_available() -> bool:
     """Whether Triton can be imported here (nothing is imported to find out)."""

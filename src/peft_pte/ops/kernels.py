@@ -10,6 +10,19 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` when this was imported)."""
 
+
+@triton.jit
+def dot(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr = "ieee", UPCAST: tl.constexpr = False):
+    """``a @ b`` summed in ``DTYPE``."""
+    if tl.float64 == DTYPE:
+        # Triton 3.7 cannot compile some float64 products (an assertion in its MMAv2 lowering); float64 is for checks.
+        return tl.sum(a.to(DTYPE)[:, :, None] * b.to(DTYPE)[None, :, :], axis=1)
+    if UPCAST:
+        a = a.to(DTYPE)
+        b = b.to(DTYPE)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=DTYPE)
+
+
 # tl.dot wants at least 16 along every axis.
 MIN_BLOCK = 16
 

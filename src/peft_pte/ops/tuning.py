@@ -22,15 +22,15 @@ Table = Mapping[str, Blocks]
 # and otherwise by the arithmetic there.
 _HOPPER: dict[str, Blocks] = {
     "compress/many/half": {"b_E": 64, "b_D": 16, "num_warps": 4, "num_stages": 3},
-    "compress/few/half": {"b_E": 32, "b_D": 32, "num_warps": 4, "num_stages": 3},
+    "compress/few/half": {"b_E": 32, "b_D": 16, "num_warps": 4, "num_stages": 3},
     "compress/many/float32": {"b_E": 32, "b_D": 32, "num_warps": 4, "num_stages": 2},
     "compress/few/float32": {"b_E": 32, "b_D": 32, "num_warps": 4, "num_stages": 2},
     "compress/many/float64": {"b_E": 16, "b_D": 16, "num_warps": 4, "num_stages": 1},
     "compress/few/float64": {"b_E": 16, "b_D": 16, "num_warps": 4, "num_stages": 1},
     "encode/all/float32": {"b_E": 32, "b_D": 64, "num_warps": 4, "num_stages": 2},
-    "encode/all/float64": {"b_E": 16, "b_D": 16, "num_warps": 4, "num_stages": 1},
+    "encode/all/float64": {"b_E": 16, "b_D": 16, "num_warps": 8, "num_stages": 1},
     "encode_backward/all/float32": {"b_E": 32, "num_warps": 4, "num_stages": 2},
-    "encode_backward/all/float64": {"b_E": 16, "num_warps": 4, "num_stages": 1},
+    "encode_backward/all/float64": {"b_E": 16, "num_warps": 8, "num_stages": 1},
     "delta_read/all/half": {"b_T": 64, "b_I": 64, "num_warps": 4, "num_stages": 3},
     "delta_read/all/float32": {"b_T": 32, "b_I": 64, "num_warps": 4, "num_stages": 2},
     "delta_read/all/float64": {"b_T": 16, "b_I": 32, "num_warps": 4, "num_stages": 1},

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, multiprocessors, row_of_bytes, tile
+from ..kernels import accumulator, block, dot, multiprocessors, row_of_bytes, tile
 from ..tuning import blocks_for
 
 
@@ -133,9 +133,9 @@ def _compress_kernel(
                 query_one = tl.load(p_query + o_one[:, None], mask=m_pq, other=0.0)
                 query_two = tl.load(p_query + o_two[:, None], mask=m_pq, other=0.0)
                 plain = one * cos - two * sin
-                scores += tl.dot(plain, query_one, input_precision=PRECISION, out_dtype=DTYPE)
+                scores += dot(plain, query_one, DTYPE, PRECISION)
                 plain = two * cos + one * sin
-                scores += tl.dot(plain, query_two, input_precision=PRECISION, out_dtype=DTYPE)
+                scores += dot(plain, query_two, DTYPE, PRECISION)
         if 2 * HALF < HEAD_DIM:
             n_blocks: tl.constexpr = (HEAD_DIM - 2 * HALF + b_K - 1) // b_K
             for step in range(0, G * n_blocks):
@@ -146,7 +146,7 @@ def _compress_kernel(
                 keys = tl.load(p_head + o_d[None, :], mask=m_e[:, None] & m_d[None, :], other=0.0)
                 p_query = p_folded + o_q[None, :] * D + head * HEAD_DIM
                 query = tl.load(p_query + o_d[:, None], mask=m_d[:, None] & m_q[None, :], other=0.0)
-                scores += tl.dot(keys.to(DTYPE), query, input_precision=PRECISION, out_dtype=DTYPE)
+                scores += dot(keys.to(DTYPE), query, DTYPE, PRECISION)
         rows_v = tl.zeros((b_E, b_R), dtype=DTYPE)
         n_steps: tl.constexpr = (HEAD_DIM + b_V - 1) // b_V
         for step in range(0, G * n_steps):
@@ -157,7 +157,7 @@ def _compress_kernel(
             values = tl.load(p_head + o_d[None, :], mask=m_e[:, None] & m_d[None, :], other=0.0)
             p_weight = p_wv + o_r[None, :] * D + head * HEAD_DIM
             wv = tl.load(p_weight + o_d[:, None], mask=m_d[:, None] & m_r[None, :], other=0.0)
-            rows_v += tl.dot(values.to(DTYPE), wv.to(DTYPE), input_precision=PRECISION, out_dtype=DTYPE)
+            rows_v += dot(values.to(DTYPE), wv.to(DTYPE), DTYPE, PRECISION)
         if SOFTMAX:
             scores = tl.where(m_e[:, None], scores, float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, axis=0))
@@ -171,7 +171,7 @@ def _compress_kernel(
         else:
             weights = scores
             total += tl.sum(m_e.to(tl.int32), axis=0).to(DTYPE)
-        update += tl.dot(tl.trans(weights.to(DTYPE)), rows_v, input_precision=PRECISION, out_dtype=DTYPE)
+        update += dot(tl.trans(weights.to(DTYPE)), rows_v, DTYPE, PRECISION)
     if SPLIT:
         part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
         m_qr = m_q[:, None] & m_r[None, :]

@@ -15,19 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, multiprocessors, upcast_dots
+from ..kernels import accumulator, block, dot, multiprocessors, upcast_dots
 from ..tuning import blocks_for
 
 # Programs add their shares of `h` without talking to each other: the second launch reads one `z` per share.
 MOST_SPLITS = 16
-
-
-@triton.jit
-def _dot(a, b, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:
-        a = a.to(DTYPE)
-        b = b.to(DTYPE)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=DTYPE)
 
 
 @triton.jit
@@ -63,11 +55,11 @@ def _read_kernel(
         m_i = o_i < inner
         x = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
         down = tl.load(p_down + o_r[None, :] * inner + o_i[:, None], mask=m_i[:, None] & m_r[None, :], other=0.0)
-        low += _dot(x, down.to(x.dtype), DTYPE, UPCAST)
+        low += dot(x, down.to(x.dtype), DTYPE, "ieee", UPCAST)
     m_qr = (o_q < Q)[:, None] & m_r[None, :]
     o_state = row * s_state[0] + o_q[:, None] * s_state[1] + o_r[None, :] * s_state[2]
     state = tl.load(p_state + o_state, mask=m_qr, other=0.0).to(DTYPE)
-    read = tl.dot(low, tl.trans(state), input_precision="ieee", out_dtype=DTYPE)
+    read = dot(low, tl.trans(state), DTYPE)
     tl.store(p_low + (row * T + o_t[:, None]) * R + o_r[None, :], low, mask=m_t[:, None] & m_r[None, :])
     tl.store(p_read + (row * T + o_t[:, None]) * Q + o_q[None, :], read, mask=m_t[:, None] & (o_q < Q)[None, :])
 
@@ -116,7 +108,7 @@ def _group_read_kernel(
         x = tl.load(p_x + o_row[:, None] + o_i[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
         o_down = (first_r + o_r)[None, :].to(tl.int64) * inner + o_i[:, None]
         down = tl.load(p_down + o_down, mask=m_i[:, None] & m_r[None, :], other=0.0)
-        low += _dot(x.to(down.dtype), down, DTYPE, UPCAST)
+        low += dot(x.to(down.dtype), down, DTYPE, "ieee", UPCAST)
     # Each row has a state of its own, so this is no matrix product; b_S rows of the states at a time fit in registers.
     for first in tl.static_range(0, b_Q, b_S):
         o_q = first + tl.arange(0, b_S)
@@ -165,7 +157,7 @@ def _expand_one(
         read += tl.load(p_read + o_read, mask=m_n[:, None] & m_q[None, :], other=0.0).to(DTYPE)
     up = tl.load(p_up + o_o[None, :] * Q + o_q[:, None], mask=m_q[:, None] & m_o[None, :], other=0.0)
     up = up.to(p_out.dtype.element_ty)
-    out = SCALE * _dot(read.to(up.dtype), up, DTYPE, UPCAST)
+    out = SCALE * dot(read.to(up.dtype), up, DTYPE, "ieee", UPCAST)
     if HAS_BASE:
         out += tl.load(p_base + o_n[:, None] * s_base + o_o[None, :], mask=m_no, other=0.0).to(DTYPE)
     tl.store(p_out + o_n[:, None] * s_out + o_o[None, :], out.to(p_out.dtype.element_ty), mask=m_no)
@@ -255,9 +247,9 @@ def _state_kernel(
         m_tr = m_t[:, None] & m_r[None, :]
         grad_read = tl.load(p_grad_read + (row * T + o_t[:, None]) * Q + o_q[None, :], mask=m_tq, other=0.0).to(DTYPE)
         low = tl.load(p_low + (row * T + o_t[:, None]) * R + o_r[None, :], mask=m_tr, other=0.0).to(DTYPE)
-        grad_low = tl.dot(grad_read, state, input_precision="ieee", out_dtype=DTYPE)
+        grad_low = dot(grad_read, state, DTYPE)
         tl.store(p_grad_low + (row * T + o_t[:, None]) * R + o_r[None, :], grad_low, mask=m_tr)
-        grad_state += tl.dot(tl.trans(grad_read), low, input_precision="ieee", out_dtype=DTYPE)
+        grad_state += dot(tl.trans(grad_read), low, DTYPE)
     here = row * Q * R + o_q[:, None] * R + o_r[None, :]
     tl.store(p_grad_state + here, grad_state, mask=m_qr)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, row_of_bytes
+from ..kernels import accumulator, block, dot, row_of_bytes
 from ..tuning import blocks_for
 
 
@@ -73,12 +73,12 @@ def _forward_kernel(
             values = tl.load(p_values + wide, mask=m_ed, other=0.0)
             wk = tl.load(p_wk + o_r[None, :] * D + o_d[:, None], mask=m_dr, other=0.0)
             wv = tl.load(p_wv + o_r[None, :] * D + o_d[:, None], mask=m_dr, other=0.0)
-            rows_k += tl.dot(keys, wk, input_precision="ieee", out_dtype=DTYPE)
-            rows_v += tl.dot(values, wv, input_precision="ieee", out_dtype=DTYPE)
+            rows_k += dot(keys, wk, DTYPE)
+            rows_v += dot(values, wv, DTYPE)
         narrow = (row * E + o_e[:, None]) * R + o_r[None, :]
         tl.store(p_k + narrow, rows_k, mask=m_e[:, None] & m_r[None, :])
         tl.store(p_v + narrow, rows_v, mask=m_e[:, None] & m_r[None, :])
-        scores = tl.dot(query, tl.trans(rows_k), input_precision="ieee", out_dtype=DTYPE) / ROOT
+        scores = dot(query, tl.trans(rows_k), DTYPE) / ROOT
         m_valid = m_e
         if HAS_VALID:
             m_valid = m_e & (tl.load(p_valid + row * E + o_e, mask=m_e, other=0) != 0)
@@ -94,7 +94,7 @@ def _forward_kernel(
             peak = higher
         else:
             weights = tl.where(m_valid[None, :], scores, 0.0)
-        update += tl.dot(weights.to(DTYPE), rows_v, input_precision="ieee", out_dtype=DTYPE)
+        update += dot(weights.to(DTYPE), rows_v, DTYPE)
     if SOFTMAX:
         some = tl.where(total > 0, total, 1.0)
         update = update / some[:, None]
@@ -171,8 +171,8 @@ def _backward_kernel(
         m_valid = m_e
         if HAS_VALID:
             m_valid = m_e & (tl.load(p_valid + row * E + o_e, mask=m_e, other=0) != 0)
-        scores = tl.dot(query, tl.trans(rows_k), input_precision="ieee", out_dtype=DTYPE) / ROOT
-        grad_weights = tl.dot(grad_update, tl.trans(rows_v), input_precision="ieee", out_dtype=DTYPE)
+        scores = dot(query, tl.trans(rows_k), DTYPE) / ROOT
+        grad_weights = dot(grad_update, tl.trans(rows_v), DTYPE)
         if SOFTMAX:
             scores = tl.where(m_valid[None, :], scores, float("-inf"))
             weights = tl.exp(scores - lse[:, None])
@@ -182,11 +182,11 @@ def _backward_kernel(
             grad_scores = tl.where(m_valid[None, :], grad_weights, 0.0) * share
         weights = weights.to(DTYPE)
         grad_scores = (grad_scores / ROOT).to(DTYPE)
-        grad_v = tl.dot(tl.trans(weights), grad_update, input_precision="ieee", out_dtype=DTYPE)
-        grad_k = tl.dot(tl.trans(grad_scores), query, input_precision="ieee", out_dtype=DTYPE)
+        grad_v = dot(tl.trans(weights), grad_update, DTYPE)
+        grad_k = dot(tl.trans(grad_scores), query, DTYPE)
         tl.store(p_grad_v + narrow, grad_v, mask=m_er)
         tl.store(p_grad_k + narrow, grad_k, mask=m_er)
-        grad_query += tl.dot(grad_scores, rows_k, input_precision="ieee", out_dtype=DTYPE)
+        grad_query += dot(grad_scores, rows_k, DTYPE)
     tl.store(p_grad_query + here, grad_query, mask=m_qr)
 
 
