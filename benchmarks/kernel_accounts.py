@@ -17,6 +17,7 @@ README = ROOT / "src" / "peft_pte" / "ops" / "README.md"
 HBM = 3.35e12
 """Bytes per second of an H100 SXM (data sheet)."""
 STATE_BYTES = 4
+SEGMENT_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ def encode_forward(s: Shape) -> Account:
     return Account(rows + saved + states + weights, 2 * s.batch * s.evicted * token)
 
 
+def delta_segment(s: Shape, tokens: int, inner: int, outer: int) -> Account:
+    """``delta(..., onto=...)`` forward on ``tokens`` of each sequence: ``h`` and ``z`` are kept for the backward pass."""
+    rows = s.batch * tokens
+    wide = (rows * inner + 2 * rows * outer + s.rank * inner + s.queries * outer) * s.itemsize
+    # z is written by the first launch and read by the second.
+    narrow = rows * (s.rank + 2 * s.queries) * s.itemsize + s.batch * s.queries * s.rank * STATE_BYTES
+    return Account(wide + narrow, 2 * rows * (s.rank * inner + s.queries * s.rank + s.queries * outer))
+
+
 def delta_group(s: Shape, inner: int, outs: tuple[int, ...]) -> Account:
     """One group of linears at one token per sequence, both launches: everything read once, the outputs changed in place."""
     group, tokens = len(outs), s.batch
@@ -176,10 +186,19 @@ def render(batch: int = 64) -> str:
         "of a step",
     ]
     first = shapes(batch)[0]
+    training = []
+    for s in shapes(SEGMENT_BATCH):
+        accounts = (encode_forward(s), delta_segment(s, s.evicted, s.hidden, s.inter))
+        cells = [(each.bytes / 1e6, each.operations / 1e9, each.microseconds) for each in accounts]
+        training.append([s.name, *(f"{cell:.2f}" for cell in (*cells[0], *cells[1]))])
+    columns = [f"{name}, {unit}" for name in ("`encode`", "`delta`") for unit in ("MB", "GFLOP", "µs")]
     return (
         f"Computed, not measured, by `python -m benchmarks.kernel_accounts --write`: B = {batch}, W = {first.window:,}, "
         f"E = {first.evicted}, prompt 256, bfloat16, Q = R = {first.rank}; times are bytes at {HBM / 1e12} TB/s and nothing "
-        "else. `compress_` runs once in E steps, and its share is spread over them.\n\n" + table(header, body)
+        "else. `compress_` runs once in E steps, and its share is spread over them.\n\n"
+        + table(header, body)
+        + f"\n\nOne layer of a segment while training, forward, {SEGMENT_BATCH} sequences of {first.evicted} tokens: `encode` "
+        "(float32 rows), and `delta` onto the gate projection.\n\n" + table(["model", *columns], training)
     )
 
 

@@ -35,6 +35,16 @@ def test_delta_group_counts_every_operand_once():
     assert account.operations == 2 * 5 * (2 * 3 * 10 + 2 * 6 * 3 + (12 + 8) * 6)
 
 
+def test_training_counts_every_operand_once():
+    rows, saved, states, weights = 2 * 5 * 7 * 12 * 4, 2 * 5 * 7 * 3 * 4, 5 * 6 * 3 * 4, 2 * 3 * 12 * 4
+    assert accounts.encode_forward(TINY).bytes == rows + saved + 3 * states + weights
+    hidden, bases, down, up = 5 * 9 * 10 * 2, 5 * 9 * 8 * 2, 3 * 10 * 2, 8 * 6 * 2
+    low, read = 5 * 9 * 3 * 2, 5 * 9 * 6 * 2
+    account = accounts.delta_segment(TINY, 9, 10, 8)
+    assert account.bytes == hidden + 2 * bases + down + up + low + 2 * read + states
+    assert account.operations == 2 * 5 * 9 * (3 * 10 + 6 * 3 + 6 * 8)
+
+
 def test_sums_of_accounts():
     assert accounts.Account(1, 2) + accounts.Account(3, 4) == accounts.Account(4, 6)
     groups = [accounts.delta_group(TINY, inner, outs).bytes for inner, outs in TINY.groups]

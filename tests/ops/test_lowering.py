@@ -1,7 +1,7 @@
-"""Every kernel compiles to machine code for the GPUs it is written for, at true shapes, and for Hopper, whose table it is, within
-the registers.
+"""Every kernel compiles to machine code for the GPUs it is written for, at true shapes; on Hopper, whose table it is, without
+spilling registers.
 
-Compilation needs no GPU. That code has run is not implied.
+Compilation needs no GPU, and does not say that the code runs well, or runs.
 """
 
 import json
