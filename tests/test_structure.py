@@ -82,7 +82,7 @@ def test_imports_form_no_circle():
         visit(unit, [])
 
 
-@pytest.mark.parametrize("operation", ["encode", "delta"])
+@pytest.mark.parametrize("operation", ["compress", "encode", "delta"])
 def test_reference_and_kernel_do_not_import_each_other(operation):
     folder = PACKAGE / "ops" / operation
     assert "triton" not in (folder / "reference.py").read_text().replace("torch", "")

@@ -125,15 +125,9 @@ class PTELinear(nn.Module, PTELayer):
         x, state = self._by_sequence(x, adapter)
         down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
-        update = delta(
-            hidden,
-            down,
-            state,
-            up,
-            scale=self.scale[adapter],
-            impl=self.impl[adapter],
-        )
-        return result + update.reshape(result.shape).to(result.dtype)
+        rows = result.reshape(*hidden.shape[:2], -1)
+        scale, impl = self.scale[adapter], self.impl[adapter]
+        return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
         """The input as ``[B * N, T / N, in]`` and the states that its rows read."""
