@@ -81,6 +81,56 @@ def test_same_as_the_form_that_is_not_static(family, fields, evict_ratio):
     assert found.cache.evictions == expected.cache.evictions
 
 
+@pytest.mark.parametrize("evict_ratio", [0.25, 0.4])
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"key_rotation": "kept", "encoder_attention": "softmax"}),
+        ("glm", {}),
+        ("gpt2", {}),
+        # Not one launch: layers that are not side by side, of different ranks, without an update.
+        ("llama", {"layers_to_transform": [0, 2]}),
+        ("llama", {"rank_pattern": {"layers.1.*": 2}}),
+        ("llama", {"state_update": "frozen"}),
+    ],
+    ids=str,
+)
+def test_kernels_in_place_of_the_reference(family, fields, evict_ratio):
+    # Under the interpreter where there is no GPU.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = {name: part.to(device) for name, part in make_prompts((7, 2)).items()}
+    found = {}
+    for impl in ("reference", "triton"):
+        model = make_pte(family, impl=impl, evict_ratio=evict_ratio, **fields).to(device)
+        found[impl] = roll_out(model, prompts, 2 * WINDOW + 4, **STATIC)
+    assert found["triton"].cache.evictions > 2
+    assert_close(found["triton"].logits, found["reference"].logits)
+    for index, read in found["reference"].cache.read_states.items():
+        assert_close(found["triton"].cache.read_states[index], read)
+
+
+def test_one_launch_for_all_layers(monkeypatch):
+    calls = []
+    import peft_pte.decode
+
+    original = peft_pte.decode.compress_
+    monkeypatch.setattr("peft_pte.decode.compress_", lambda *args, **kwargs: calls.append(original(*args, **kwargs)))
+    model = make_pte("llama", impl="triton")
+    rollout = roll_out(model, make_prompts((3, 2)), 2 * WINDOW, **STATIC)
+    assert len(calls) == rollout.cache.evictions > 2
+
+
+def test_adapters_in_another_dtype_than_their_base():
+    # As TRL has them: the state is read in the adapters' dtype, in a rollout and in its replay.
+    model = make_pte("llama", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "pte_" in name:
+            parameter.data = parameter.data.float()
+    rollout = roll_out(model, make_prompts(), 2 * WINDOW, **STATIC)
+    assert {part.dtype for part in rollout.cache.read_states.values()} == {torch.float32}
+
+
 def test_early_finishers_and_several_answers_to_a_prompt():
     model = make_pte("llama")
     model.generation_config.eos_token_id = 7

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .cache import check_cache
+from .ops import compress_
 from .state import Reading, bind
-from .static_cache import StaticPTECache
+from .static_cache import Leaving, StaticPTECache
 
 if TYPE_CHECKING:
     from .seam import Seam
@@ -34,20 +35,74 @@ class StaticReader:
 
 def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor, valid: Tensor | None) -> None:
     """Make the cache ready for one more thought: ``positions [B, 1]``, ``valid [B, 1]`` or ``None``."""
-    if cache.room == 0:
-        cache.evict(seam.encoded_layers)
+    if cache.written == 0:
+        for index in seam.encoded_layers:
+            encoder = seam.encoder(index)
+            value = cache.state.layers[index].value
+            if value is None:
+                value = encoder.initial_state(adapter).expand(positions.shape[0], -1, -1)
+            cache.publish(index, value, seam.adapter_dtype(index, adapter))
+    elif cache.room == 0:
+        _evict(seam, adapter, cache)
     cache.record(positions, valid)
+
+
+def _evict(seam: Seam, adapter: str, cache: StaticPTECache) -> None:
+    by_device: dict[torch.device, list[int]] = {}
     for index in seam.encoded_layers:
-        layer = cache.state.layers[index]
-        if index in cache.read_states and not layer.pending:
-            continue
-        encoder = seam.encoder(index)
-        value = layer.value
-        if value is None:
-            value = encoder.initial_state(adapter).expand(positions.shape[0], -1, -1)
-        for evicted in layer.pending:
-            value = encoder(adapter, value, evicted)
-        cache.publish(index, value, encoder.beside.dtype)
+        by_device.setdefault(cache.device_of(index), []).append(index)
+    leaving = cache.leaving()
+    for indices in by_device.values():
+        if not _compress(seam, adapter, cache, leaving, tuple(indices)):
+            for index in indices:
+                value = cache.value_of(index)
+                cache.publish(index, seam.encoder(index)(adapter, value, cache.evicted(index, leaving)), value.dtype)
+    cache.release(leaving)
+
+
+def _compress(seam: Seam, adapter: str, cache: StaticPTECache, leaving: Leaving, indices: tuple[int, ...]) -> bool:
+    """Encode what leaves all of the layers in one launch, where the kernel was asked for and can; whether it was."""
+    encoders = [seam.encoder(index) for index in indices]
+    settings = encoders[0].settings[adapter]
+    block = cache.block_of(indices)
+    rotations = {encoder.applied_rotation(adapter) for encoder in encoders}
+    rotation = next(iter(rotations))
+    if (
+        settings.impl != "triton"
+        or block is None
+        or settings.state_update != "progressive"
+        or any(encoder.settings[adapter] != settings for encoder in encoders)
+        or len(rotations) > 1
+        or (rotation is not None and rotation.style is None)
+    ):
+        return False
+    state = cache.stack_states(indices)
+    there = state.device
+    cos, sin = (None, None)
+    if rotation is not None:
+        cos, sin = rotation.inverse_cos_sin(leaving.positions[:, 0].to(there), state.dtype)
+    query, key_projection, value_projection = (
+        torch.stack(parts) for parts in zip(*(encoder.projections(adapter) for encoder in encoders), strict=True)
+    )
+    compress_(
+        state,
+        block.keys,
+        block.values,
+        leaving.slots.to(there),
+        query,
+        key_projection,
+        value_projection,
+        cos,
+        sin,
+        None if leaving.valid is None else leaving.valid[:, 0].to(there),
+        gain=settings.gain,
+        attention=settings.attention,
+        rotary_style=(rotation.style if rotation is not None else None) or "half",
+        impl=settings.impl,
+    )
+    for place, index in enumerate(indices):
+        cache.read_states[index].copy_(state[place])
+    return True
 
 
 def prepare(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PTEConfig
-from .ops import delta, resolve_impl
+from .ops import delta, delta_group_, resolve_impl
 from .state import read_state
 
 MERGE_REFUSED = (
@@ -127,6 +127,10 @@ class PTELinear(nn.Module, PTELayer):
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
         rows = result.reshape(*hidden.shape[:2], -1)
         scale, impl = self.scale[adapter], self.impl[adapter]
+        if impl == "triton" and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            # The kernels for one token per sequence write onto what the linear has just made.
+            delta_group_([rows], hidden, down, state, [up], [scale], impl=impl)
+            return result
         return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,8 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
         if cache.prompt_length is None:
             seam.check_positions(layout.prompt)
             prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
+            if isinstance(cache, StaticPTECache) and config.impl == "triton":
+                cache.share_blocks(seam.layer_devices)
             cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
         length, evictions = _next_segment(seam, cache, layout, start, most)
         valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]

@@ -28,6 +28,7 @@ from .cache import PTECache
 from .config import PTEConfig
 from .decode import prepare, step
 from .encoder import CHILD_NAME, PTEEncoder
+from .layer import PTELinear, weight_of
 from .layout import Layout, PromptSpec
 from .replay import run
 from .sites import find_backbone, find_sites
@@ -126,6 +127,17 @@ class Seam:
     def encoded_layers(self) -> list[int]:
         """Layers that have an encoder."""
         return [index for index, site in self.sites.items() if hasattr(site.attention, CHILD_NAME)]
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer is."""
+        return [next(site.attention.parameters()).device for _, site in sorted(self.sites.items())]
+
+    def adapter_dtype(self, layer_index: int, adapter: str) -> torch.dtype:
+        """What the adapters of a layer compute in."""
+        block = self.model.get_submodule(self.sites[layer_index].block)
+        linears = (module for module in block.modules() if isinstance(module, PTELinear) and module.holds(adapter))
+        return weight_of(next(linears).pte_down[adapter]).dtype
 
     def encoder(self, layer_index: int) -> PTEEncoder:
         """The encoder of a layer that has one."""

@@ -7,8 +7,8 @@ steps into tensors that stay where they are; a step only reads them, whatever wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,17 @@ class StaticThoughtLayer(ThoughtLayer):
         self.block = self.write_slot = self.seen_tensor = None
 
 
+class Leaving(NamedTuple):
+    """Thoughts about to leave a ring."""
+
+    slots: Tensor
+    """``[m]``, where they stand."""
+    positions: Tensor
+    """``[B, 1, m]``, absolute."""
+    valid: Tensor | None
+    """``[B, 1, m]``, False for padding; ``None``: all valid."""
+
+
 class StaticPTECache(PTECache):
     """A :class:`PTECache` at fixed addresses, which ``generate`` compiles: ``cache_implementation="static"``.
 
@@ -137,9 +148,62 @@ class StaticPTECache(PTECache):
             )
         layers: list[Any] = [StaticThoughtLayer(self.window) for _ in self.layers]
         self.layers = layers
+        self._devices: tuple[torch.device, ...] = ()
         self._forget()
 
+    def share_blocks(self, devices: Sequence[torch.device]) -> None:
+        """Allocate the slots of all layers on a device as one block, which one kernel can read at an eviction.
+
+        Args:
+            devices: Where each layer is.
+        """
+        self._devices = tuple(devices)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values of a layer; as :meth:`StaticThoughtLayer.update`."""
+        layer = self._layers[layer_idx]
+        if layer.block is None and self._devices:
+            layer.block = KeyValue(
+                self._slice("keys", layer_idx, key_states), self._slice("values", layer_idx, value_states)
+            )
+            for part in layer.block:
+                torch._dynamo.mark_static_address(part)
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _slice(self, kind: str, index: int, like: Tensor) -> Tensor:
+        """The slots of one layer in the block of its device; a block of its own where its shape is another."""
+        shape = (like.shape[0], like.shape[1], self._layers[index].capacity, like.shape[3])
+        there = [other for other, device in enumerate(self._devices) if device == like.device]
+        name = (kind, like.device)
+        if name not in self.blocks and index in there:
+            self.blocks[name] = like.new_zeros(len(there), *shape)
+        block = self.blocks.get(name)
+        if block is None or block.shape[1:] != shape or block.dtype != like.dtype or index not in there:
+            return like.new_zeros(shape)
+        return block[there.index(index)]
+
+    def block_of(self, indices: Sequence[int]) -> KeyValue | None:
+        """Slots of the layers ``indices``, ``[L, B, G, C, head_dim]``; ``None`` where they are not one block."""
+        layers = [self._layers[index] for index in indices]
+        found: list[Tensor] = []
+        for kind in ("keys", "values"):
+            parts = [getattr(layer, kind) for layer in layers]
+            first = parts[0]
+            block = self.blocks.get((kind, first.device))
+            if block is None:
+                return None
+            step = block.stride(0) * block.element_size()
+            start = (first.data_ptr() - block.data_ptr()) // step
+            if any(part.data_ptr() != block.data_ptr() + (start + place) * step for place, part in enumerate(parts)):
+                return None
+            found.append(block[start : start + len(parts)])
+        return KeyValue(*found)
+
     def _forget(self) -> None:
+        self.blocks: dict[tuple[str, torch.device], Tensor] = {}
+        self.stacked: dict[tuple[int, ...], Tensor] = {}
         self.written = self.held = 0
         self.read_states: dict[int, Tensor] = {}
         self.slot_valid: Tensor | None = None
@@ -204,36 +268,47 @@ class StaticPTECache(PTECache):
             seen.fill_(self._layers[0].seen)
 
     def evict(self, encoded_layers: Collection[int], times: int = 1) -> None:
-        """Let the oldest ``m`` thoughts leave every layer; queue those of ``encoded_layers`` for encoding.
+        """Refuse: what leaves is encoded at once (:mod:`peft_pte.decode`), nothing waits for its layer.
 
         Raises:
-            RuntimeError: ``times`` is not one.
+            RuntimeError: Always.
         """
-        if times != 1:
-            raise RuntimeError(f"A static cache evicts once at a time, got {times}.")
+        raise RuntimeError("A static cache evicts as it decodes: call the adapted model.")
+
+    def evicted(self, index: int, leaving: Leaving) -> Evicted:
+        """What leaves one layer, a copy."""
+        block = self._layers[index].block
+        assert block is not None  # For the type checker: the prompt was written.
+        there = leaving.slots.to(block.keys.device)
+        keys, values = block.keys.index_select(2, there), block.values.index_select(2, there)
+        return Evicted(keys, values, leaving.positions, leaving.valid)
+
+    def device_of(self, index: int) -> torch.device:
+        """Where the slots of a layer are."""
+        block = self._layers[index].block
+        assert block is not None  # For the type checker: the prompt was written.
+        return block.keys.device
+
+    def value_of(self, index: int) -> Tensor:
+        """The state ``S [B, Q, R]`` of a layer."""
+        value = self.state.layers[index].value
+        assert value is not None  # For the type checker: it was published.
+        return value
+
+    def leaving(self) -> Leaving:
+        """The ``m`` thoughts that leave next, oldest first."""
         slot_valid, positions = self._bookkeeping()
-        ring_slots = self.oldest()
-        prompt = self.prompt_length or 0
-        slots = ring_slots + prompt
-        masked = self.padding is not None
-        valid = slot_valid.index_select(1, slots)[:, None] if masked else None
-        for index, layer in self.thought_layers:
-            if index in encoded_layers:
-                assert isinstance(layer, StaticThoughtLayer)  # These are for the type checker.
-                assert layer.block is not None
-                there = slots.to(layer.block.keys.device)
-                keys, values = layer.block.map(lambda part, there=there: part.index_select(2, there))  # type: ignore[misc]
-                evicted = Evicted(keys, values, positions.index_select(1, ring_slots)[:, None], valid)
-                self.state.add_pending(index, evicted)
-        slot_valid.index_fill_(1, slots, False)
+        start = self.written - self.held
+        places = torch.arange(start, start + self.tokens_per_eviction, device=slot_valid.device) % self.ring
+        slots = places + (self.prompt_length or 0)
+        valid = None if self.padding is None else slot_valid.index_select(1, slots)[:, None]
+        return Leaving(slots, positions.index_select(1, places)[:, None], valid)
+
+    def release(self, leaving: Leaving) -> None:
+        """Let the slots of ``leaving`` be written again."""
+        self._bookkeeping()[0].index_fill_(1, leaving.slots, False)
         self.held -= self.tokens_per_eviction
         self.evictions += 1
-
-    def oldest(self) -> Tensor:
-        """Places in the ring of the ``m`` thoughts that leave next, ``[m]``, oldest first."""
-        start = self.written - self.held
-        count = torch.arange(start, start + self.tokens_per_eviction, device=self._bookkeeping()[0].device)
-        return count % self.ring
 
     def slot_mask(self, valid: Tensor | None, length: int) -> Tensor | None:
         """The 2D mask ``[B, C]`` over all slots once thoughts are written, as :meth:`PTECache.slot_mask` before."""
@@ -244,13 +319,22 @@ class StaticPTECache(PTECache):
     def publish(self, index: int, value: Tensor, dtype: torch.dtype) -> None:
         """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read, at the addresses of before."""
         held = self.state.layers[index].value
-        if index not in self.read_states:
-            self.read_states[index] = value.to(dtype=dtype, copy=True)
-            torch._dynamo.mark_static_address(self.read_states[index])
-            held = None
-        else:
+        if index in self.read_states and held is not None:
             self.read_states[index].copy_(value)
-        self.state.layers[index] = LayerState(value.clone() if held is None else replace(held, value))
+            self.state.layers[index] = LayerState(replace(held, value))
+            return
+        self.read_states[index] = value.to(dtype=dtype, copy=True)
+        torch._dynamo.mark_static_address(self.read_states[index])
+        self.state.layers[index] = LayerState(value.clone())
+
+    def stack_states(self, indices: tuple[int, ...]) -> Tensor:
+        """The states of the layers ``indices`` as one tensor ``[L, B, Q, R]``, of which each becomes a view."""
+        if indices not in self.stacked:
+            values = [self.state.layers[index].value for index in indices]
+            self.stacked[indices] = torch.stack([value for value in values if value is not None])
+            for place, index in enumerate(indices):
+                self.state.layers[index] = LayerState(self.stacked[indices][place])
+        return self.stacked[indices]
 
     def make_functional(self) -> None:
         """Refuse: slots at fixed addresses are written in place.
@@ -307,6 +391,8 @@ class StaticPTECache(PTECache):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         super()._map_rows(function, own)
+        # Rows of a layer may have moved out of what was shared.
+        self.stacked = {}
         if self.slot_valid is not None and self.positions is not None:
             self.slot_valid, self.positions = function(self.slot_valid), function(self.positions)
         self.read_states = {index: replace(part, function(part)) for index, part in self.read_states.items()}

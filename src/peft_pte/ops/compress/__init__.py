@@ -1,5 +1,6 @@
 """Cached keys and values that leave -> thought states, in place, all layers at once (``ops/README.md``)."""
 
-from .api import compress_
+from .api import ROTARY_STYLES, compress_
+from .reference import rotate
 
-__all__ = ["compress_"]
+__all__ = ["ROTARY_STYLES", "compress_", "rotate"]
