@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import check_cache
+from .layout import Layout
 from .ops import compress_
 from .state import Reading, bind
 from .static_cache import Leaving, StaticPTECache
@@ -125,7 +126,9 @@ def prepare(
         seen = torch.full((batch, 1), cache.get_seq_length(), device=like.device)
         positions = seen if cache.padding is None else seen - cache.padding[:, None]
     positions = positions.expand(batch, 1)
+    evictions = cache.evictions
     announce(seam, adapter, cache, positions, valid)
+    seam.observe(cache, Layout(1, 1), evicted=cache.evictions > evictions)
     return seam.attention_mask(cache, positions, valid, None, evictions=0, prepared=True)
 
 
