@@ -68,7 +68,7 @@ class Operands:
     """``[E]``, those behind the prompt."""
     prompt: int
     cos: Tensor
-    """``[B, E, head_dim]``."""
+    """``[B, E, head_dim]``, of the inverse rotation."""
     sin: Tensor
 
     @classmethod
@@ -151,7 +151,7 @@ def _encode_layers(operands: Operands, impl: str) -> None:
         keys, values = (part[layer].narrow(2, first, evict).float() for part in (operands.keys, operands.values))
         half = keys.shape[-1] // 2
         turned = torch.cat([-keys[..., half:], keys[..., :half]], dim=-1)
-        keys = keys * operands.cos[:, None] - turned * operands.sin[:, None]
+        keys = keys * operands.cos[:, None] + turned * operands.sin[:, None]
         state = encode(
             operands.state[layer],
             operands.query[layer],
