@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .cases import shape_config
 from .session import Row, Session, attempt, release
-from .timing import captured, measure as measure_time
+from .timing import captured
+from .timing import measure as measure_time
 
 PEERS = ("encode_reference", "encode_triton", "compress_reference", "compress_triton")
 """``encode``: un-rotation and one call per layer, as an eager replay does; ``compress``: all layers in one call."""

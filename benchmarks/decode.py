@@ -89,7 +89,9 @@ class Clock(StoppingCriteria):
         return plain, evicting
 
 
-def generate(model: Any, device: torch.device, rows: torch.Tensor, tokens: int, cache: Any = None, **options: Any) -> Clock:
+def generate(
+    model: Any, device: torch.device, rows: torch.Tensor, tokens: int, cache: Any = None, **options: Any
+) -> Clock:
     """Sample ``tokens`` tokens after ``rows [B, N]`` and one that is not timed."""
     clock = Clock(device, tokens, cache)
     options = {"max_new_tokens": tokens + 1, **options}
@@ -158,7 +160,9 @@ def _not_tried(session: Session, base: Any, peer: str, case: DecodeCase, reserve
     if session.gpu and peer.startswith("pte") and case.length > 4 * case.window and (peer != "pte" or case.batch > 1):
         return "not run: the cache holds the same at every length, which `pte` at batch 1 shows; it takes long to get there"
     reason = _does_not_fit(session, base, peer, case)
-    if reason is None and session.budget.left < reserved + (_COMPILE_SECONDS if session.gpu and peer in COMPILED else 0):
+    if reason is None and session.budget.left < reserved + (
+        _COMPILE_SECONDS if session.gpu and peer in COMPILED else 0
+    ):
         reason = "skipped: the rest of the budget is for the other shapes; give --shapes or a larger --budget"
     return reason
 
@@ -221,7 +225,9 @@ def _floor_bytes(model: Any, peer: str, case: DecodeCase) -> int:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding, head = inner.get_input_embeddings().weight, inner.get_output_embeddings().weight
     encoders = sum(
-        weight.numel() * weight.element_size() for name, weight in model.named_parameters() if ".thought_encoder." in name
+        weight.numel() * weight.element_size()
+        for name, weight in model.named_parameters()
+        if ".thought_encoder." in name
     )
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters()) - encoders
     if embedding is not head:
@@ -241,7 +247,8 @@ def _full_cache(session: Session, model: Any, case: DecodeCase, slots: int) -> D
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
         keys, values = (
-            torch.randn(case.batch, heads, slots, head_dim, device=session.device, dtype=session.dtype) for _ in range(2)
+            torch.randn(case.batch, heads, slots, head_dim, device=session.device, dtype=session.dtype)
+            for _ in range(2)
         )
         cache.update(keys, values, layer)
     return cache
@@ -321,7 +328,7 @@ def _pte_static(session: Session, model: Any, case: DecodeCase) -> tuple[list[fl
 
 
 def _kvpress(session: Session, model: Any, case: DecodeCase) -> tuple[list[float], list[float]]:
-    """kvpress' bounded decoding at the same number of slots: `KnormPress`, its cheapest, compressing every ``m`` tokens."""
+    """Kvpress' bounded decoding at the same number of slots: `KnormPress`, its cheapest, compressing every ``m`` tokens."""
     from kvpress import DecodingPress, KnormPress
 
     evict = case.tokens_per_eviction
@@ -336,7 +343,7 @@ def _kvpress(session: Session, model: Any, case: DecodeCase) -> tuple[list[float
             # Compression falls into the middle of the timed tokens.
             half = min(case.tokens, evict) // 2
             cache = _full_cache(session, model, case, full - half)
-            press.layer_step_counts.update({layer: evict - half for layer in range(len(cache.layers))})
+            press.layer_step_counts.update(dict.fromkeys(range(len(cache.layers)), evict - half))
             clock = _loop(session, model, case, cache, 2 * half)
             if go:
                 found = clock.seconds()
@@ -382,7 +389,12 @@ def _lora(base: Any, case: DecodeCase) -> Any:
 
 
 def _adapted(base: Any, case: DecodeCase, **fields: Any) -> Any:
-    sizes = {"r": case.rank, "num_global_tokens": case.rank, "cache_window": case.window, "evict_ratio": case.evict_ratio}
+    sizes = {
+        "r": case.rank,
+        "num_global_tokens": case.rank,
+        "cache_window": case.window,
+        "evict_ratio": case.evict_ratio,
+    }
     return with_pte(base, autocast=False, **sizes, **fields).eval()
 
 

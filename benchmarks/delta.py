@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from .cases import shape_config
 from .session import Row, Session, attempt, release
-from .timing import captured, measure as measure_time
+from .timing import captured
+from .timing import measure as measure_time
 
 PEERS = ("base_linear", "lora", "delta_reference", "delta_triton")
 COLD_BYTES = 2**28

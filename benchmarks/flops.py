@@ -118,7 +118,9 @@ def count_parts(case: FlopsCase, method: str, layers: int, *, fake: bool = True)
 
 def build(case: FlopsCase, method: str, layers: int, fake: bool) -> Any:
     """The adapted model, checkpointing on."""
-    base = shaped_base(case.shape, "meta" if fake else "cpu", torch.bfloat16 if fake else torch.float32, _ATTENTION, layers)
+    base = shaped_base(
+        case.shape, "meta" if fake else "cpu", torch.bfloat16 if fake else torch.float32, _ATTENTION, layers
+    )
     if method == "lora":
         model = with_lora(base, case.rank, LINEARS, meta=fake, autocast=False)
     else:
@@ -163,9 +165,7 @@ def counted(function: Callable[[], Any]) -> Count:
     _pairs.clear()
     with FlopCounterMode(display=False) as counter:
         function()
-    return Count(
-        counter.get_total_flops(), sum(dense for dense, _ in _pairs), sum(visible for _, visible in _pairs)
-    )
+    return Count(counter.get_total_flops(), sum(dense for dense, _ in _pairs), sum(visible for _, visible in _pairs))
 
 
 _pairs: list[tuple[int, int]] = []
@@ -196,7 +196,9 @@ def _score(model: Any, case: FlopsCase, method: str) -> torch.Tensor:
         # cache the segments are the same.
         cache = model.base_model.new_cache()
         pieces = ids.split([case.prompt, case.completion], dim=1)
-        hidden = torch.cat([inner.model(input_ids=part, past_key_values=cache).last_hidden_state for part in pieces], dim=1)
+        hidden = torch.cat(
+            [inner.model(input_ids=part, past_key_values=cache).last_hidden_state for part in pieces], dim=1
+        )
     logits = inner.lm_head(hidden[0, case.prompt - 1 : -1])
     return logits.float().log_softmax(dim=-1).sum()
 

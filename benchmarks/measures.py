@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .accounting import PeakMemory, allocator_peak, storage_bytes
-from .cases import SMALL_ADAPTER, SMALL_MODELS, TRUE_SHAPES, prompts, small_base, shaped_base, with_lora, with_pte
+from .cases import SMALL_ADAPTER, SMALL_MODELS, TRUE_SHAPES, prompts, shaped_base, small_base, with_lora, with_pte
 from .theory import full_cache_bytes, kv_bytes_per_token, pte_cache_bytes
 
 Row = dict[str, Any]

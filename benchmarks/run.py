@@ -35,12 +35,22 @@ DEFAULT_SET = ("delta", "compress", "decode", "train")
 def main(arguments: list[str] | None = None) -> None:
     """Run the cases named and write their results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks run", description=__doc__)
-    parser.add_argument("case", choices=[*CASES, "figures", "all"], help="all: everything that is timed; figures and flops are machine-independent and run on their own")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: three true shapes on a GPU, a tiny one on a CPU")
+    parser.add_argument(
+        "case",
+        choices=[*CASES, "figures", "all"],
+        help="all: everything that is timed; figures and flops are machine-independent and run on their own",
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="default: three true shapes on a GPU, a tiny one on a CPU"
+    )
     parser.add_argument("--peers", nargs="+", help="only these peers")
-    parser.add_argument("--quick", action="store_true", help="small, on the CPU, in minutes; its times are good for ratios only")
+    parser.add_argument(
+        "--quick", action="store_true", help="small, on the CPU, in minutes; its times are good for ratios only"
+    )
     parser.add_argument("--budget", type=float, help="seconds for the whole set (default: 500 on a GPU, 240 on a CPU)")
-    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results, or outputs/benchmarks with --quick)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: benchmarks/results, or outputs/benchmarks with --quick)"
+    )
     options, rest = parser.parse_known_args(arguments)
     if options.case == "figures":
         from . import figures
@@ -69,7 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = tuple(options.shapes or (GPU_SHAPES if gpu else ("tiny",)))
     for name in names:
         budget = Budget(total * SHARES[name] if options.case == "all" else total)
-        session = Session(device, dtype, options.quick, budget, limits, shapes, tuple(options.peers) if options.peers else None)
+        session = Session(
+            device, dtype, options.quick, budget, limits, shapes, tuple(options.peers) if options.peers else None
+        )
         run_case(name, session, source, output)
 
 
@@ -110,4 +122,6 @@ def run_case(name: str, session: Session, source: dict[str, Any], output: Path) 
 
 
 def _brief(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
+    )

@@ -31,7 +31,9 @@ class Spread:
         """
         if not seconds:
             raise ValueError("`seconds` must hold at least one repeat, got none. Give the case a larger budget.")
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
+        low, median, high = (
+            statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [seconds[0]]
+        )
         return cls(median, low, high, len(seconds))
 
     def row(self) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def pte_fields(case: ScoringCase | StepCase, **extra: Any) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(PTEConfig)}
     missing = sorted(set(extra) - known)
     if missing:
-        raise NotImplementedError(f"PTEConfig has no field {', '.join(f'`{name}`' for name in missing)} in this version")
+        raise NotImplementedError(
+            f"PTEConfig has no field {', '.join(f'`{name}`' for name in missing)} in this version"
+        )
     return {"r": case.rank, "num_global_tokens": case.rank, "cache_window": case.window, **extra}
 
 
@@ -251,5 +253,3 @@ def _measure_step(session: Session, case: StepCase, peer: str) -> Row:
         "peak_bytes": torch.cuda.max_memory_allocated() if session.gpu else None,
         "peak_bytes_above_weights": None,
     }
-
-
