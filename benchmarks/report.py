@@ -55,7 +55,7 @@ def render(results: list[Row], brief: bool = False) -> str:
     if counts:
         parts.append(_flops(counts[-1], brief))
     if not any(content["case"] in timed and content["device"] == "cuda" for content in results):
-        parts.insert(0, "Nothing was timed on a GPU yet. `python -m benchmarks run all` does, in under nine minutes.")
+        parts.insert(0, "Nothing was timed on a GPU yet. `python -m benchmarks run all` does, on a budget of 500 s.")
     return "\n\n".join(part for part in parts if part)
 
 

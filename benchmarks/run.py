@@ -77,8 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{source['gpu'] if gpu else source['cpu']}: {rates}", flush=True)
     total = options.budget or (500 if gpu else 240)
     shapes = tuple(options.shapes or (GPU_SHAPES if gpu else ("tiny",)))
-    for name in names:
-        budget = Budget(total * SHARES[name] if options.case == "all" else total)
+    whole = Budget(total)
+    for index, name in enumerate(names):
+        # What one case leaves goes to those after it.
+        share = SHARES[name] / sum(SHARES[later] for later in names[index:]) if len(names) > 1 else 1.0
+        budget = Budget(whole.left * share)
         session = Session(
             device, dtype, options.quick, budget, limits, shapes, tuple(options.peers) if options.peers else None
         )
