@@ -279,7 +279,12 @@ def _flops(content: Row, brief: bool) -> str:
     )
 
 
-_METHODS = {"lora": "LoRA, full cache", "lora_bounded": "LoRA under the window", "pte": "PTE"}
+_METHODS = {
+    "lora": "LoRA, full cache",
+    "lora_bounded": "LoRA under the window",
+    "pte": "PTE",
+    "pte_segments": "PTE, `recompute_layers=False`",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -93,7 +93,7 @@ def test_taking_tokens_back_from_a_static_cache():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"segment_length": 3}, "multiple of the 2"),
+        ({"segment_length": 3}, "divide the 2"),
         ({"segment_length": 10}, "at most 8"),
         ({"segment_length": 4, "eviction": "key_diff"}, "must be 2 with eviction"),
         ({"segment_length": 4, "backprop_through_cache": False}, "must be 2 with backprop"),

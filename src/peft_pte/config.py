@@ -79,8 +79,8 @@ class PTEConfig(PeftConfig):
             ``False``: they are detached at every eviction; the gradient still flows through the states.
         impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. This field and those below are choices
             of the machine, not of the adapter: they change no result and are not saved.
-        segment_length: Thoughts scored in one pass of the layers, a multiple of the tokens that leave at an eviction.
-            More is faster and needs more memory. ``None``: about 128, or one eviction's where those are more.
+        segment_length: Thoughts scored in one pass of the layers: a multiple of the tokens that leave at an eviction, or
+            a divisor. More is faster and needs more memory. ``None``: about 128, or one eviction's where those are more.
         recompute_layers: With gradient checkpointing, whether the layers of a segment are recomputed one by one in the
             backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass;
             ``False``: those of all layers of one segment.
@@ -243,10 +243,11 @@ class PTEConfig(PeftConfig):
             raise ValueError("`segment_length` needs a bounded cache, got cache_window=None. Leave it out.")
         step = self.tokens_per_eviction
         longest = self.cache_window // step * step
-        if self.segment_length % step or self.segment_length > longest:
+        fits = self.segment_length % step == 0 or step % self.segment_length == 0
+        if not fits or self.segment_length > longest:
             raise ValueError(
-                f"`segment_length` must be a multiple of the {step} tokens that leave at an eviction and at most {longest}, "
-                f"got {self.segment_length}. Use segment_length={step}, or leave it out for the default."
+                f"`segment_length` must divide the {step} tokens that leave at an eviction, or be a multiple of them and at "
+                f"most {longest}, got {self.segment_length}. Use segment_length={step}, or leave it out for the default."
             )
         if self.segment_length > step and self.eviction != "sliding_window":
             raise ValueError(
@@ -284,7 +285,7 @@ class PTEConfig(PeftConfig):
         """
         step = self.tokens_per_eviction
         if self.segment_length is not None:
-            return self.segment_length // step
+            return max(self.segment_length // step, 1)
         if self.eviction != "sliding_window" or not self.backprop_through_cache:
             return 1
         return min(math.ceil(SHORTEST_SEGMENT / step), (self.cache_window or 0) // step)

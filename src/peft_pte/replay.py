@@ -199,7 +199,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             if isinstance(cache, StaticPTECache) and config.impl == "triton":
                 cache.share_blocks(seam.layer_devices)
             cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
-        length, evictions = _next_segment(seam, cache, layout, start, most)
+        length, evictions = _next_segment(seam, cache, layout, start, most, config.segment_length)
         valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
         if evictions and not config.backprop_through_cache:
             cache.detach_keys_and_values()
@@ -262,17 +262,28 @@ def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
         )
 
 
-def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int, most: int) -> tuple[int, int]:
-    """Tokens of the next segment, and the evictions it spans; ``most`` bounds them."""
+def _next_segment(
+    seam: Seam, cache: PTECache, layout: Layout, start: int, most: int, wanted: int | None
+) -> tuple[int, int]:
+    """Tokens of the next segment, and the evictions it spans.
+
+    Args:
+        seam: The adapted model.
+        cache: What the segment starts from.
+        layout: Where all tokens are.
+        start: First column of the segment.
+        most: Evictions that a segment may span.
+        wanted: Tokens that a segment with gradients is to have, ``PTEConfig.segment_length``.
+    """
     step = cache.tokens_per_eviction
     remaining = layout.columns - start
-    piece = max(most * step, SHORTEST_SEGMENT) if torch.is_grad_enabled() else remaining
+    piece = (wanted or max(most * step, SHORTEST_SEGMENT)) if torch.is_grad_enabled() else remaining
     if cache.missing_prompt:
         return min(cache.missing_prompt, piece), 0
     if isinstance(cache, StaticPTECache):
         return 1, 0  # `announce` evicts.
     evictions = 0 if cache.room else max(min(most, remaining // step), 1)
-    length = min(evictions * step or min(cache.room, piece), remaining)
+    length = min(evictions * step or cache.room, piece, remaining)
     if not seam.rotary:
         seam.check_positions(cache.get_seq_length() + length)
     return length, evictions

@@ -79,14 +79,14 @@ def test_prompt_and_first_window_in_pieces(family, piece, eviction, monkeypatch)
 def test_length_of_a_segment(family, attention):
     # Several evictions in one pass of the layers, or one; with gradients and without, with completions that end early.
     found = {}
-    for length in (2, 6, 8):
+    for length in (1, 2, 6, 8):
         model = make_pte(family, segment_length=length, attn_implementation=attention)
         batch = roll_out(model, make_prompts((7, 2, 5)), 3 * WINDOW + 1).truncated(25, [25, 17, 3])
         with torch.no_grad():
             logits = thought_logits(model, batch)
         real = batch["attention_mask"][:, -logits.shape[1] :].bool()
         found[length] = (*gradients(model.train(), batch), logits[real])
-    for length in (6, 8):
+    for length in (1, 6, 8):
         assert_close(found[length][1], found[2][1])
         assert_close(found[length][2], found[2][2])
         assert_same_gradients(found[length][0], found[2][0])
