@@ -26,8 +26,8 @@ from .timing import Spread, compare, synchronize
 PEERS: dict[str, dict[str, Any] | None] = {
     "lora": None,
     "pte": {},
-    "pte_recompute_layers": {"recompute_layers": True},
-    "pte_offload": {"recompute_layers": True, "offload": True},
+    "pte_segments": {"recompute_layers": False},
+    "pte_offload": {"offload": True},
 }
 """By name the further fields of `PTEConfig`; LoRA has its own full attention and layers checkpointed."""
 GROWTH = 1.5
