@@ -113,7 +113,7 @@ def count_parts(case: FlopsCase, method: str, layers: int, *, fake: bool = True)
     if not fake:
         return _count_parts(model, case, method)
     with FakeTensorMode():
-        _forget_numbers(model)
+        forget_numbers(model)
         return _count_parts(model, case, method)
 
 
@@ -133,7 +133,7 @@ def build(case: FlopsCase, method: str, layers: int, fake: bool) -> Any:
     return model
 
 
-def _forget_numbers(model: nn.Module) -> None:
+def forget_numbers(model: nn.Module) -> None:
     """Weights of the meta device become fake ones of the CPU, whose kernels all exist; shared weights stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

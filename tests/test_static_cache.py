@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
 from peft_pte import PTECache, StaticPTECache
@@ -238,6 +239,27 @@ def test_a_disabled_adapter_refuses_the_cache():
     _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], 2)
     with model.disable_adapter(), pytest.raises(ValueError, match="no PTE adapter is active"):
         decode(model, cache, ids, mask, 1)
+
+
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_a_step_never_looks_at_a_value(family):
+    # What looks at a value of a tensor waits for its device; a fake tensor has none and says so.
+    model = make_pte(family, attn_implementation="sdpa")
+    mode = FakeTensorMode()
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(mode.from_tensor(weight.detach()), weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+    cache, host = make_cache(model), model.get_base_model()
+    with mode, torch.no_grad():
+        ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.ones(3, 7, dtype=torch.long)
+        for _ in range(3 * WINDOW):
+            inputs = host.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=mask)
+            ids = host(**inputs, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
+            mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    assert cache.evictions > 3
 
 
 @pytest.mark.gpu
