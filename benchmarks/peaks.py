@@ -27,7 +27,7 @@ from .session import Row, Session
 METHODS: dict[str, dict[str, Any] | None] = {
     "lora": None,
     "pte": {},
-    "pte_segments": {"recompute_layers": False},
+    "pte_whole_segments": {"recompute_layers": False},
 }
 """By name the further fields of `PTEConfig`; LoRA has its own full attention and layers checkpointed."""
 LENGTHS = (3072, 16384, 65536)

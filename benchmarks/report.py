@@ -311,7 +311,7 @@ _METHODS = {
     "lora": "LoRA, full cache",
     "lora_bounded": "LoRA under the window",
     "pte": "PTE",
-    "pte_segments": "PTE, `recompute_layers=False`",
+    "pte_whole_segments": "PTE, `recompute_layers=False`",
 }
 
 

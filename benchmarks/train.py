@@ -26,7 +26,7 @@ from .timing import Spread, compare, synchronize
 PEERS: dict[str, dict[str, Any] | None] = {
     "lora": None,
     "pte": {},
-    "pte_segments": {"recompute_layers": False},
+    "pte_whole_segments": {"recompute_layers": False},
     "pte_offload": {"offload": True},
 }
 """By name the further fields of `PTEConfig`; LoRA has its own full attention and layers checkpointed."""
@@ -64,7 +64,7 @@ class StepCase:
 def cases(session: Session) -> list[ScoringCase]:
     """Lengths by shape, short ones first."""
     if not session.gpu:
-        lengths, sizes = (64, 256, 1024), {"window": 64, "prompt": 32, "rank": 8}
+        lengths, sizes = (64, 256, 512), {"window": 64, "prompt": 32, "rank": 8}
         return [ScoringCase(shape, 1, length, **sizes) for shape in session.shapes for length in lengths]
     sizes = {"window": 1024, "prompt": 256, "rank": 32}
     # The first shape over all lengths, the others as far as their models leave memory and time.
