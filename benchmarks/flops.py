@@ -25,9 +25,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .cases import GPU_SHAPES, LINEARS, shape_config, shaped_base, with_lora, with_pte
 from .session import Row, Session
 
-METHODS = ("lora", "lora_bounded", "pte", "pte_whole_segments")
+METHODS = ("lora", "lora_bounded", "pte", "pte_whole_segments", "pte_offload")
 """LoRA on a full cache; LoRA under the window (`state_update="off"`, the paper's LoRA_c); PTE; PTE with whole segments
-recomputed and not their layers one by one (`recompute_layers=False`)."""
+recomputed and not their layers one by one (`recompute_layers=False`); PTE with what the backward pass starts from offloaded,
+where layers are recomputed once."""
 PARTS = ("prefill", "decode", "old_policy", "scoring", "backward")
 
 
@@ -127,7 +128,7 @@ def build(case: FlopsCase, method: str, layers: int, fake: bool) -> Any:
     else:
         fields = {"r": case.rank, "num_global_tokens": case.rank, "cache_window": case.window}
         fields |= {"state_update": "off" if method == "lora_bounded" else "progressive"}
-        fields |= {"recompute_layers": method != "pte_whole_segments"}
+        fields |= {"recompute_layers": method != "pte_whole_segments", "offload": method == "pte_offload"}
         model = with_pte(base, meta=fake, autocast=False, **fields)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

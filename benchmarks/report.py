@@ -312,6 +312,7 @@ _METHODS = {
     "lora_bounded": "LoRA under the window",
     "pte": "PTE",
     "pte_whole_segments": "PTE, `recompute_layers=False`",
+    "pte_offload": "PTE, `offload=True`",
 }
 
 

@@ -82,10 +82,10 @@ class PTEConfig(PeftConfig):
         segment_length: Thoughts scored in one pass of the layers: a multiple of the tokens that leave at an eviction, or
             a divisor. More is faster and needs more memory. ``None``: about 128, or one eviction's where those are more.
         recompute_layers: With gradient checkpointing, whether the layers of a segment are recomputed one by one in the
-            backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass;
-            ``False``: those of all layers of one segment.
-        offload: Whether a scoring call with gradient checkpointing keeps the keys and values of past segments on the
-            CPU until the backward pass.
+            backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass (none
+            with ``offload``); ``False``: those of all layers of one segment.
+        offload: With gradient checkpointing, whether a scoring call keeps what its backward pass starts from on the CPU:
+            keys and values of past segments and, with ``recompute_layers``, the inputs of their layers.
 
     Raises:
         ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
@@ -148,7 +148,7 @@ class PTEConfig(PeftConfig):
         default=True, metadata={"help": "Recompute the layers of a segment one by one; not saved."}
     )
     offload: bool = field(
-        default=False, metadata={"help": "Keep keys and values of past segments on the CPU while scoring; not saved."}
+        default=False, metadata={"help": "Keep what the backward pass starts from on the CPU; not saved."}
     )
 
     def __post_init__(self) -> None:

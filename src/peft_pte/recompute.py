@@ -8,13 +8,14 @@ decide how. What is hidden in an object or a closure it keeps for good. So a cac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,8 @@ from .slots import Place
 
 Binding = Callable[[PTECache], AbstractContextManager[None]]
 """Lends the adapters that run inside it the states of a cache."""
+Saving = Callable[[], AbstractContextManager[Any]]
+"""What autograd saves inside it is kept in another way than as it is."""
 
 
 class Parts:
@@ -60,17 +63,20 @@ def recomputed(segment: Callable[[PTECache], tuple[Any, PTECache]], cache: PTECa
 
 
 @contextmanager
-def layers_recomputed(blocks: list[tuple[int, nn.Module]], cache: PTECache, binding: Binding) -> Iterator[None]:
+def layers_recomputed(
+    blocks: list[tuple[int, nn.Module]], cache: PTECache, binding: Binding, saving: Saving = nullcontext
+) -> Iterator[None]:
     """Within the block, every decoder layer is a checkpoint of its own, its cache and state included.
 
     Args:
         blocks: Decoder layers with their indices.
         cache: What they write to.
         binding: Bound around a layer whenever it runs again.
+        saving: Entered while the checkpoint of a layer saves what the layer starts from.
     """
     before = [(block, block.__dict__.get("forward")) for _, block in blocks]
     for index, block in blocks:
-        block.forward = partial(_run_layer, block.forward, index, cache, binding)
+        block.forward = partial(_run_layer, block.forward, index, cache, binding, saving)
     try:
         yield
     finally:
@@ -81,7 +87,13 @@ def layers_recomputed(blocks: list[tuple[int, nn.Module]], cache: PTECache, bind
 
 
 def _run_layer(
-    forward: Callable[..., Any], index: int, cache: PTECache, binding: Binding, *args: Any, **kwargs: Any
+    forward: Callable[..., Any],
+    index: int,
+    cache: PTECache,
+    binding: Binding,
+    saving: Saving,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     parts = Parts()
     leaves, spec = tree_flatten((args, kwargs))
@@ -97,7 +109,8 @@ def _run_layer(
         with binding(alone):
             return forward(*inputs, **named), alone
 
-    output, alone = checkpoint(run, *parts.tensors, use_reentrant=False)
+    with saving():
+        output, alone = checkpoint(run, *parts.tensors, use_reentrant=False)
     cache.take_layer(index, alone)
     return output
 
@@ -113,31 +126,30 @@ def _without_hook(leaf: Any) -> Any:
 
 
 class Offload:
-    """Keeps what a checkpoint saves of keys and values on the CPU, each storage once however many segments share it."""
+    """Keeps what a checkpoint saves on the CPU, each storage once however many checkpoints share it."""
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Any, Tensor]] = {}
 
     def hooks(self) -> AbstractContextManager[Any]:
-        """Within the block, keys and values that autograd saves go to the CPU."""
+        """Within the block, the hidden vectors, keys and values that autograd saves go to the CPU."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        # Nothing else that a segment starts from has four axes.
-        if tensor.ndim != 4 or not tensor.is_floating_point():
+        # The rest is small (states, positions) or stays on the device anyway (weights).
+        if tensor.ndim < 3 or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
-        reference = torch.multiprocessing.reductions.StorageWeakRef(storage)
-        copy_, known = None, self._copies.get(reference.cdata)
+        reference = StorageWeakRef(storage)
+        copy, known = None, self._copies.get(reference.cdata)
         if known is not None and not known[0].expired():
-            copy_ = known[1]
-        if copy_ is None:
+            copy = known[1]
+        if copy is None:
             elements = storage.nbytes() // tensor.element_size()
-            flat = tensor.detach().as_strided((elements,), (1,), 0)
-            copy_ = torch.empty(elements, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copy_.copy_(flat, non_blocking=True)
-            self._copies[reference.cdata] = (reference, copy_)
-        return _Parked(copy_.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()), tensor.device)
+            copy = torch.empty(elements, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copy.copy_(tensor.detach().as_strided((elements,), (1,), 0), non_blocking=True)
+            self._copies[reference.cdata] = (reference, copy)
+        return _Parked(copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()), tensor.device)
 
 
 @dataclass(frozen=True)

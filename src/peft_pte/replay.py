@@ -23,7 +23,7 @@ from .cache import PTECache, check_cache
 from .config import SHORTEST_SEGMENT
 from .decode import announce, step
 from .layout import Layout, PromptSpec, lay_out
-from .recompute import Offload, layers_recomputed, recomputed
+from .recompute import Offload, Saving, layers_recomputed, recomputed
 from .state import LayerState, Reading, bind
 from .static_cache import StaticPTECache
 
@@ -188,7 +188,9 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     if gradients or (call.cache is None and layout.columns > 1):
         cache.make_functional()
     recompute = seam.checkpoints_layers() and gradients
-    offload = Offload()
+    # With the inputs of layers on the CPU nothing is left to save by recomputing whole segments as well.
+    by_segment = recompute and not (config.recompute_layers and config.offload)
+    saving = Offload().hooks if config.offload else nullcontext
     most = seam.most_evictions(adapter) if cache.functional else 1
     outputs: list[Any] = []
     start, before = 0, cache.evictions
@@ -214,10 +216,11 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             None if layout.mask is None else layout.mask[:, : seen + start + length],
             evictions,
             recompute and config.recompute_layers,
+            nullcontext if by_segment else saving,
             call.rest,
         )
-        if recompute:
-            with offload.hooks() if config.offload else nullcontext():
+        if by_segment:
+            with saving():
                 output, after = recomputed(segment, cache)
             cache.adopt(after)
         else:
@@ -298,6 +301,7 @@ def _run_segment(
     column_mask: Tensor | None,
     evictions: int,
     recompute_layers: bool,
+    saving: Saving,
     rest: dict[str, Any],
     cache: PTECache,
 ) -> tuple[Any, PTECache]:
@@ -329,7 +333,7 @@ def _run_segment(
         with bind(_Reader(seam, adapter, target, shape, max(evictions, 1))), _layers_uncheckpointed(seam):
             yield
 
-    with binding(cache), layers_recomputed(seam.blocks, cache, binding) if recompute_layers else nullcontext():
+    with binding(cache), layers_recomputed(seam.blocks, cache, binding, saving) if recompute_layers else nullcontext():
         output = seam.inner(
             **tokens,
             attention_mask=mask,

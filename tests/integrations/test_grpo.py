@@ -224,9 +224,9 @@ def test_rollouts_use_the_bounded_cache(tmp_path, monkeypatch):
     seen = []
     original = PTECache.evict
 
-    def counting(self, layers):
+    def counting(self, *arguments):
         seen.append(self.evictions)
-        return original(self, layers)
+        return original(self, *arguments)
 
     monkeypatch.setattr(PTECache, "evict", counting)
     trainer.train()
