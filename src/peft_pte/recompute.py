@@ -8,7 +8,7 @@ decide how. What is hidden in an object or a closure it keeps for good. So a cac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +24,6 @@ from .slots import Place
 
 Binding = Callable[[PTECache], AbstractContextManager[None]]
 """Lends the adapters that run inside it the states of a cache."""
-Saving = Callable[[], AbstractContextManager[Any]]
-"""What autograd saves inside it is kept in another way than as it is."""
 
 
 class Parts:
@@ -63,20 +61,17 @@ def recomputed(segment: Callable[[PTECache], tuple[Any, PTECache]], cache: PTECa
 
 
 @contextmanager
-def layers_recomputed(
-    blocks: list[tuple[int, nn.Module]], cache: PTECache, binding: Binding, saving: Saving = nullcontext
-) -> Iterator[None]:
+def layers_recomputed(blocks: list[tuple[int, nn.Module]], cache: PTECache, binding: Binding) -> Iterator[None]:
     """Within the block, every decoder layer is a checkpoint of its own, its cache and state included.
 
     Args:
         blocks: Decoder layers with their indices.
         cache: What they write to.
         binding: Bound around a layer whenever it runs again.
-        saving: Entered while the checkpoint of a layer saves what the layer starts from.
     """
     before = [(block, block.__dict__.get("forward")) for _, block in blocks]
     for index, block in blocks:
-        block.forward = partial(_run_layer, block.forward, index, cache, binding, saving)
+        block.forward = partial(_run_layer, block.forward, index, cache, binding)
     try:
         yield
     finally:
@@ -87,13 +82,7 @@ def layers_recomputed(
 
 
 def _run_layer(
-    forward: Callable[..., Any],
-    index: int,
-    cache: PTECache,
-    binding: Binding,
-    saving: Saving,
-    *args: Any,
-    **kwargs: Any,
+    forward: Callable[..., Any], index: int, cache: PTECache, binding: Binding, *args: Any, **kwargs: Any
 ) -> Any:
     parts = Parts()
     leaves, spec = tree_flatten((args, kwargs))
@@ -109,8 +98,7 @@ def _run_layer(
         with binding(alone):
             return forward(*inputs, **named), alone
 
-    with saving():
-        output, alone = checkpoint(run, *parts.tensors, use_reentrant=False)
+    output, alone = checkpoint(run, *parts.tensors, use_reentrant=False)
     cache.take_layer(index, alone)
     return output
 

@@ -23,7 +23,7 @@ from .cache import PTECache, check_cache
 from .config import SHORTEST_SEGMENT
 from .decode import announce, step
 from .layout import Layout, PromptSpec, lay_out
-from .recompute import Offload, Saving, layers_recomputed, recomputed
+from .recompute import Offload, layers_recomputed, recomputed
 from .state import LayerState, Reading, bind
 from .static_cache import StaticPTECache
 
@@ -190,7 +190,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     recompute = seam.checkpoints_layers() and gradients
     # With the inputs of layers on the CPU nothing is left to save by recomputing whole segments as well.
     by_segment = recompute and not (config.recompute_layers and config.offload)
-    saving = Offload().hooks if config.offload else nullcontext
+    saving = Offload().hooks if recompute and config.offload else nullcontext
     most = seam.most_evictions(adapter) if cache.functional else 1
     outputs: list[Any] = []
     start, before = 0, cache.evictions
@@ -216,15 +216,12 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             None if layout.mask is None else layout.mask[:, : seen + start + length],
             evictions,
             recompute and config.recompute_layers,
-            nullcontext if by_segment else saving,
             call.rest,
         )
-        if by_segment:
-            with saving():
-                output, after = recomputed(segment, cache)
+        with saving():
+            output, after = recomputed(segment, cache) if by_segment else segment(cache)
+        if after is not cache:
             cache.adopt(after)
-        else:
-            output, _ = segment(cache)
         outputs.append(output)
         start += length
     if call.use_cache and cache.functional and not gradients:
@@ -301,7 +298,6 @@ def _run_segment(
     column_mask: Tensor | None,
     evictions: int,
     recompute_layers: bool,
-    saving: Saving,
     rest: dict[str, Any],
     cache: PTECache,
 ) -> tuple[Any, PTECache]:
@@ -333,7 +329,7 @@ def _run_segment(
         with bind(_Reader(seam, adapter, target, shape, max(evictions, 1))), _layers_uncheckpointed(seam):
             yield
 
-    with binding(cache), layers_recomputed(seam.blocks, cache, binding, saving) if recompute_layers else nullcontext():
+    with binding(cache), layers_recomputed(seam.blocks, cache, binding) if recompute_layers else nullcontext():
         output = seam.inner(
             **tokens,
             attention_mask=mask,

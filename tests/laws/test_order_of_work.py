@@ -152,8 +152,8 @@ def test_triton_or_reference(family):
 
 
 def test_compiled_or_eager():
-    model = make_pte("llama", model={"num_hidden_layers": 2})
-    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+    model = make_pte("llama", model={"num_hidden_layers": 1})
+    batch = roll_out(model, make_prompts(), WINDOW + 4).truncated(WINDOW + 4)
     with torch.no_grad():
         expected = thought_logits(model, batch)
         # The tracer is what could go wrong; the code generator behind it knows nothing of this package.
