@@ -467,3 +467,14 @@ def test_damaged_adapter_leaves_a_loaded_one_alone(damage, saved):
         model.load_adapter(saved, "default")
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_continuing_scored_sequences_of_different_lengths():
+    model = make_pte()
+    batch = roll_out(model, make_prompts((6, 6)), 3 * WINDOW).truncated(3 * WINDOW, [3 * WINDOW, 5])
+    cache = PTECache(model.config, model.peft_config["default"])
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        with pytest.raises(NotImplementedError, match="sequences of different lengths"):
+            model(input_ids=batch["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
-from peft_pte import PTECache, StaticPTECache
+from peft_pte import PTECache, PTEConfig, StaticPTECache
 from tests.cases import STATIC_FAMILIES, TWO_FAMILIES
 from tests.helpers import SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
 
@@ -280,3 +280,41 @@ def test_captured_in_a_graph_without_waiting_for_the_device(family):
         decode(model, cache, ids, mask, 3 * WINDOW)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_adapters_on_different_layers():
+    model = make_pte("llama", layers_to_transform=[0])
+    other = PTEConfig(task_type="CAUSAL_LM", **{**SMALL, "layers_to_transform": [1, 2]})
+    model.add_adapter("other", other)
+    model.set_adapter("other")
+    found = [roll_out(model, make_prompts(), 4 * WINDOW, **options) for options in ({}, STATIC)]
+    assert_close(found[1].logits, found[0].logits)
+    assert not any(layer.pending for layer in found[0].cache.state.layers)
+
+
+def test_labels_say_where_the_prompt_ends():
+    model = make_pte("llama")
+    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    with torch.no_grad():
+        expected = thought_logits(model, batch)
+        assert_close(thought_logits(model, batch, past_key_values=make_cache(model)), expected)
+
+
+def test_learned_positions_end():
+    model = make_pte("gpt2", model={"n_positions": 32, "max_position_embeddings": 32})
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model.generate(**make_prompts(), max_new_tokens=40, **STATIC)
+
+
+def test_moved_between_steps():
+    model = make_pte("llama")
+    prompts = make_prompts((7, 2, 5))
+    found = []
+    for move in (False, True):
+        cache = make_cache(model)
+        _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], WINDOW + 3)
+        if move:
+            cache.to("cpu")
+            assert all(layer.write_slot.device == layer.keys.device for _, layer in cache.thought_layers)
+        found.append(decode(model, cache, ids, mask, WINDOW)[0])
+    assert torch.equal(*found)

@@ -42,6 +42,7 @@ class PTECache(Cache):
             candidates along with the prompt); ``None``: the first call is the prompt.
         evictions: Evictions so far.
         padding: Columns seen so far that were padding, ``[B]``; ``None``: no mask was given.
+        ragged: Whether some scored sequences ended before others, a 0-d tensor: nothing can be added to those.
         adapter: Name of the adapter whose states these are, once one used the cache.
         state: The thought state of the sequences.
 
@@ -70,6 +71,7 @@ class PTECache(Cache):
         self.prompt_limit: int | None = None
         self.prompt_mask: Tensor | None = None
         self.padding: Tensor | None = None
+        self.ragged: Tensor | None = None
         # Validity ``[B, 1, m]`` of what was evicted and can still be seen.
         self._departing: tuple[Tensor, ...] = ()
 
@@ -260,7 +262,7 @@ class PTECache(Cache):
         super().reset()
         self.state.reset()
         self.evictions, self.prompt_length, self.prompt_limit = 0, None, None
-        self.prompt_mask, self.padding, self.adapter = None, None, None
+        self.prompt_mask, self.padding, self.adapter, self.ragged = None, None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` thoughts back.

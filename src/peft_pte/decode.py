@@ -35,9 +35,15 @@ class StaticReader:
 
 
 def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor, valid: Tensor | None) -> None:
-    """Make the cache ready for one more thought: ``positions [B, 1]``, ``valid [B, 1]`` or ``None``."""
+    """Make the cache ready for one more thought: ``positions [B, 1]``, ``valid [B, 1]`` or ``None``.
+
+    Raises:
+        ValueError: The model has learned positions, and none for this thought.
+    """
+    if not seam.rotary:
+        seam.check_positions(cache.get_seq_length() + 1)
     if cache.written == 0:
-        for index in seam.encoded_layers:
+        for index in seam.encoded_layers(adapter):
             encoder = seam.encoder(index)
             value = cache.state.layers[index].value
             if value is None:
@@ -50,7 +56,7 @@ def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor,
 
 def _evict(seam: Seam, adapter: str, cache: StaticPTECache) -> None:
     by_device: dict[torch.device, list[int]] = {}
-    for index in seam.encoded_layers:
+    for index in seam.encoded_layers(adapter):
         by_device.setdefault(cache.device_of(index), []).append(index)
     leaving = cache.leaving()
     for indices in by_device.values():

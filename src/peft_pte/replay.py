@@ -172,6 +172,7 @@ def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any
 def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> Any:
     seen = cache.get_seq_length()
     if seen:
+        _refuse_ragged(cache)
         _check_continuation(call, cache, seen)
     layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
     positions = _positions(call, seen)
@@ -224,10 +225,26 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             cache.adopt(after)
         outputs.append(output)
         start += length
+    if call.cache is not None and boundaries is not None and layout.mask is not None:
+        cache.ragged = (~layout.mask[:, layout.prompt :]).any()
     if call.use_cache and cache.functional and not gradients:
         cache.make_in_place()
     seam.observe(cache, layout, evicted=cache.evictions > before)
     return _join(outputs, layout)
+
+
+def _refuse_ragged(cache: PTECache) -> None:
+    """Refuse to continue sequences of which some ended before others when they were scored.
+
+    Raises:
+        NotImplementedError: What was padding behind their ends stands in the window.
+    """
+    if cache.ragged is not None and bool(cache.ragged):
+        raise NotImplementedError(
+            "This cache holds scored sequences of different lengths, and padding took slots of the window in the shorter "
+            "ones. Continue sequences of one length, one conversation per call, or prefill again without the cache."
+        )
+    cache.ragged = None
 
 
 def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
@@ -318,7 +335,7 @@ def _run_segment(
         )
         return output, cache
     if evictions:
-        cache.evict(seam.encoded_layers, evictions)
+        cache.evict(seam.encoded_layers(adapter), evictions)
     mask = seam.attention_mask(cache, positions, valid, column_mask, evictions)
     if not writes_prompt:
         cache.record(positions, valid)

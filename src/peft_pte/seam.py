@@ -44,6 +44,7 @@ _NO_ADAPTER = (
 )
 # Attention that takes a mask of any form.
 _MASKABLE = ("eager", "sdpa", "flex_attention")
+_MASKED_BY_TENSOR = ("eager", "sdpa")
 
 
 class Seam:
@@ -123,10 +124,13 @@ class Seam:
             return self._inner(*args, **kwargs)
         return type(self.backbone).forward(self.backbone, *args, **kwargs)
 
-    @property
-    def encoded_layers(self) -> list[int]:
-        """Layers that have an encoder."""
-        return [index for index, site in self.sites.items() if hasattr(site.attention, CHILD_NAME)]
+    def encoded_layers(self, adapter: str) -> list[int]:
+        """Layers that have an encoder of ``adapter``."""
+        return [
+            index
+            for index, site in self.sites.items()
+            if hasattr(site.attention, CHILD_NAME) and self.encoder(index).holds(adapter)
+        ]
 
     @property
     def layer_devices(self) -> list[torch.device]:
@@ -163,11 +167,11 @@ class Seam:
         Raises:
             NotImplementedError: It is to be ``static``, and the adapter or the attention has no such form.
         """
-        if static and self.text_config._attn_implementation not in _MASKABLE:
+        if static and self.text_config._attn_implementation not in _MASKED_BY_TENSOR:
             raise NotImplementedError(
                 f'`cache_implementation` must not be "static" with attn_implementation='
-                f"{self.text_config._attn_implementation!r}, which takes no mask over slots. Leave it unset, or load the "
-                f"model with attn_implementation in {', '.join(map(repr, _MASKABLE))}."
+                f"{self.text_config._attn_implementation!r}, which takes no tensor as a mask. Leave it unset, or load the "
+                f"model with attn_implementation in {', '.join(map(repr, _MASKED_BY_TENSOR))}."
             )
         return (StaticPTECache if static else PTECache)(self.text_config, self.config(adapter))
 
@@ -328,10 +332,15 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
     return functools.update_wrapper(functools.partial(function, module), original)
 
 
+def _is_step(arguments: dict[str, Any]) -> bool:
+    """Whether these are the arguments of a step that :func:`prepare` prepared."""
+    mask = arguments.get("attention_mask")
+    return isinstance(arguments.get("past_key_values"), StaticPTECache) and mask is not None and mask.ndim == 4
+
+
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, StaticPTECache) and mask is not None and mask.ndim == 4:
-        return step(getattr(self, _ATTRIBUTE), cache, *args, **kwargs)
+    if _is_step(kwargs):
+        return step(getattr(self, _ATTRIBUTE), kwargs["past_key_values"], *args, **kwargs)
     return _replayed_forward(self, *args, **kwargs)
 
 
@@ -352,7 +361,7 @@ def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # A step on a static cache is traced as one graph, and has no labels.
-    if isinstance(kwargs.get("past_key_values"), StaticPTECache):
+    if _is_step(kwargs):
         return args, kwargs
     return _note_call(model, args, kwargs)
 
@@ -374,7 +383,7 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if not isinstance(kwargs.get("past_key_values"), StaticPTECache):
+    if not _is_step(kwargs):
         _forget_call(model)
 
 

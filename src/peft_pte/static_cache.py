@@ -366,6 +366,16 @@ class StaticPTECache(PTECache):
                 "A static cache cannot take tokens back. For assisted decoding leave `cache_implementation` unset."
             )
 
+    def to(self, device: torch.device | str) -> PTECache:
+        """Move everything to ``device``; returns the cache itself."""
+        super().to(device)
+        if self._counters:
+            self._counters = {}
+            for layer in self._layers:
+                assert layer.block is not None  # For the type checker: the prompt was written.
+                layer.write_slot, layer.seen_tensor = self._counters_on(layer.block.keys.device)
+        return self
+
     def reset(self) -> None:
         """Forget everything; the next call starts with a prompt."""
         super().reset()
