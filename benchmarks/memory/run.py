@@ -17,12 +17,13 @@ from .train import Settings, settings_dict, train
 RESULTS = Path(__file__).resolve().parent / "results"
 EVALUATION_LENGTHS = (162, 240)
 EVALUATION_TRACES = 512
+SHORT_STAGES = ((96, 250),)
 
 # One change each against the default; a key of `Settings` that is a dict is merged.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "detached": {"overrides": {"backprop_through_cache": False}},
-    "detached-lr-1e-3": {"overrides": {"backprop_through_cache": False}, "learning_rate": 1.5e-3},
-    "detached-then-exact": {"detached_steps": 150},
+    "detached-half-lr": {"overrides": {"backprop_through_cache": False}, "learning_rate": 1.5e-3},
+    "detached-then-exact": {"detached_steps": 125},
     "gain-0.1": {"overrides": {"update_gain": 0.1}},
     "gain-1": {"overrides": {"update_gain": 1.0}},
     "softmax": {"overrides": {"encoder_attention": "softmax"}},
@@ -35,7 +36,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "all-tokens": {"loss_on": "all"},
     "lr-1e-3": {"learning_rate": 1e-3},
     "lr-5e-3": {"learning_rate": 5e-3},
-    "long-only": {"stages": ((162, 410),)},
+    "long-only": {"stages": ((162, 265),)},
+    "unit": {"variant": "unit"},
+    "unit-gain-1": {"variant": "unit", "overrides": {"update_gain": 1.0}},
+    "gain-3": {"overrides": {"update_gain": 3.0}},
+    "gain-10": {"overrides": {"update_gain": 10.0}},
     "frobenius": {"variant": "frobenius"},
     "row-gain": {"variant": "row-gain"},
     "gate": {"variant": "gate"},
@@ -62,14 +67,11 @@ def settings_for(arm: str, ablation: str | None = None, short: bool = False) -> 
     return replace(settings, stages=SHORT_STAGES) if short else settings
 
 
-SHORT_STAGES = ((96, 250),)
-
-
 def run(settings: Settings, seed: int, device: str, command: str, name: str, short: bool = False) -> dict[str, Any]:
     """Everything about one run, as it goes into its results file."""
     wall, cpu = time.perf_counter(), time.process_time()
     origin = provenance(command)
-    base = base_model(seed, settings.layers, device)
+    base = base_model(settings.base_seed, settings.layers, device)
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "seed": seed, "settings": settings_dict(settings)}
     result["steps"] = settings.steps if settings.arm != "base" else 0
     model: Any = base

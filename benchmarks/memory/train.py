@@ -43,7 +43,7 @@ class Settings:
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
     variant: str | None = None
     """A change to the method itself, by its name in `variants.VARIANTS`."""
-    stages: tuple[tuple[int, int], ...] = ((96, 300), (162, 200))
+    stages: tuple[tuple[int, int], ...] = ((96, 250), (162, 120))
     """(thoughts, steps), short traces before long ones."""
     detached_steps: int = 0
     """Steps at the start in which gradients do not flow through cached keys and values."""
@@ -52,6 +52,8 @@ class Settings:
     loss_on: str = "answers"
     """`answers`, or `all`: every token of the trace after the first."""
     layers: int = 2
+    base_seed: int = 0
+    """Seed of the base model, which all runs share: pretraining takes longer than an adaptation."""
 
     @property
     def steps(self) -> int:

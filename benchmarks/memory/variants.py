@@ -57,6 +57,18 @@ class VariantEncoder(PTEEncoder):
         return self.update(state, content, address, torch.cat([projected, address], dim=-1), gain)
 
 
+class Unit(VariantEncoder):
+    """The paper's update of keys and values of mean square 1: its size no longer depends on the base model's."""
+
+    def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
+        if self._updating:
+            keys, values = (functional.rms_norm(rows, rows.shape[-1:]) for rows in (keys, values))
+        return super()._encode(adapter_name, state, keys, values, valid)
+
+    def update(self, state: Tensor, content: Tensor, address: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return normalize_rows(state + gain * content.mT @ address / content.shape[1])
+
+
 class RowGain(VariantEncoder):
     """A learned gain per row, from 0.03 to 1 at the start: rows of different time scales."""
 
@@ -133,6 +145,7 @@ class DeltaNorm(Delta):
 
 
 VARIANTS: dict[str, type[VariantEncoder]] = {
+    "unit": Unit,
     "row-gain": RowGain,
     "gate": Gate,
     "frobenius": Frobenius,
