@@ -39,6 +39,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "long-only": {"stages": ((162, 265),)},
     "unit": {"variant": "unit"},
     "unit-gain-1": {"variant": "unit", "overrides": {"update_gain": 1.0}},
+    "by-key": {"variant": "by-key"},
+    "by-key-gain-1": {"variant": "by-key", "overrides": {"update_gain": 1.0}},
     "gain-3": {"overrides": {"update_gain": 3.0}},
     "gain-10": {"overrides": {"update_gain": 10.0}},
     "frobenius": {"variant": "frobenius"},

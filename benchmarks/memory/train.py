@@ -140,7 +140,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
                         "beyond_relay": float(right[far].float().mean()) if bool(far.any()) else float("nan"),
                     }
                 )
-                if step % 100 == 0:
+                if step % 60 == 0:
                     log.info("%s step %d %s", settings.arm, step, curve[-1])
     model.eval()
     return model, {

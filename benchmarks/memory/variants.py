@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_pte.encoder import PTEEncoder
-from peft_pte.layer import weight_of
+from peft_pte.layer import PTELinear, weight_of
 from peft_pte.ops.encode.reference import normalize_rows
 from peft_pte.state import Evicted
 
@@ -23,6 +23,8 @@ class VariantEncoder(PTEEncoder):
     """An encoder whose updates are those of :meth:`update`; its start is the paper's."""
 
     _updating = False
+    readers: tuple[PTELinear, ...] = ()
+    """The adapted linears of the same layer."""
 
     def prepare(self, rank: int, queries: int) -> None:
         """Make the parameters of the variant."""
@@ -67,6 +69,44 @@ class Unit(VariantEncoder):
 
     def update(self, state: Tensor, content: Tensor, address: Tensor, tokens: Tensor, gain: float) -> Tensor:
         return normalize_rows(state + gain * content.mT @ address / content.shape[1])
+
+
+class ByKey(Unit):
+    """``Unit`` with the roles of keys and values exchanged: ``S' = (W_Q h_g) (W_K V_e)^T (W_V K_e)``.
+
+    An adapter reads ``S (B x)``, so what stands on the right is the address: a key is what a token is found by, and a
+    value is what it has to say.
+    """
+
+    def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
+        if self._updating:
+            keys, values = values, keys
+        return super()._encode(adapter_name, state, keys, values, valid)
+
+
+class AttentionStart(ByKey):
+    """``ByKey`` whose adapters start by asking what the frozen attention asks.
+
+    The address of a token is a projection ``P`` of its key, and linears that read the hidden states of the layer start
+    with ``B = P W_q``: what they read from the state is the layer's own attention over the evicted tokens, without its
+    softmax.
+    """
+
+    @torch.no_grad()
+    def prepare(self, rank: int, queries: int) -> None:
+        attention = self._outside[0]
+        query = weight_of(attention.q_proj.get_base_layer())
+        heads = query.reshape(-1, attention.head_dim, query.shape[1])
+        # Query heads that share a key head ask together.
+        shared = heads.reshape(self.width // attention.head_dim, -1, *heads.shape[1:]).mean(dim=1).flatten(0, 1)
+        for adapter in self.settings:
+            address = weight_of(self.pte_value[adapter])
+            nn.init.orthogonal_(address)
+            down = address @ shared
+            down = down * (weight_of(attention.q_proj.pte_down[adapter]).std() / down.std())
+            for linear in self.readers:
+                if linear.holds(adapter) and linear.in_features == query.shape[1] and "o_proj" not in linear.name:
+                    weight_of(linear.pte_down[adapter]).copy_(down)
 
 
 class RowGain(VariantEncoder):
@@ -146,6 +186,8 @@ class DeltaNorm(Delta):
 
 VARIANTS: dict[str, type[VariantEncoder]] = {
     "unit": Unit,
+    "by-key": ByKey,
+    "attention-start": AttentionStart,
     "row-gain": RowGain,
     "gate": Gate,
     "frobenius": Frobenius,
@@ -164,10 +206,13 @@ def install(model: nn.Module, name: str) -> None:
     """
     if name not in VARIANTS:
         raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {name!r}.")
+    linears = [module for module in model.modules() if isinstance(module, PTELinear)]
     for module in list(model.modules()):
         if isinstance(module, PTEEncoder):
             settings = next(iter(module.settings.values()))
             module.__class__ = VARIANTS[name]
             assert isinstance(module, VariantEncoder)
+            index = module._outside[0].layer_idx
+            module.readers = tuple(linear for linear in linears if linear.layer_index == index)
             module.prepare(settings.rank, settings.num_queries)
             module.to(module.beside.device)
