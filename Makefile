@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: install demo demo-short test test-slow lint types format benchmark build clean
+.PHONY: install demo demo-short test test-slow lint types format benchmark benchmark-quick benchmark-gpu build clean
 
 install: $(STAMP)
 
@@ -41,8 +41,16 @@ types: install
 	$(BIN)/mypy
 
 benchmark: install
-	$(BIN)/python -m benchmarks.figures
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks run figures
+	$(BIN)/python -m benchmarks report
+
+benchmark-quick: install
+	$(BIN)/python -m benchmarks run all --quick
+	$(BIN)/python -m benchmarks report --results outputs/benchmarks --stdout
+
+benchmark-gpu: install
+	$(BIN)/python -m benchmarks run all
+	$(BIN)/python -m benchmarks report
 
 build: install
 	$(BIN)/python -m build

@@ -79,6 +79,13 @@ class PeakMemory(TorchDispatchMode):
                 for label, size in self._known.values():
                     self.at_peak[label] += size
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Count the storage of ``tensor`` no longer: it stands for memory elsewhere."""
+        key = tensor.untyped_storage()._cdata
+        label, nbytes = self._known[key]
+        self.live -= nbytes
+        self._known[key] = (label, 0)
+
     def _forget(self, key: int) -> None:
         self.live -= self._known.pop(key)[1]
 

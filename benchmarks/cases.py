@@ -1,4 +1,8 @@
-"""What is measured: small random models of three architectures, and the true shapes that are only computed."""
+"""What is measured: small random models of three architectures, the true shapes, and how adapters are put on them.
+
+`peft` and `peft_pte` are imported where they are used: a peer that cannot be installed beside them runs from an
+environment of its own (`python -m benchmarks run decode --peers base_dynamic kvpress`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
-
-from peft_pte import PTEConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 # Small, so that logits do not drown what is looked at; unlike any other width, so that shapes tell what a tensor is.
 VOCABULARY = 80
@@ -100,6 +101,39 @@ TRUE_SHAPES = {
     ),
     "GPT-2 XL": TrueShape(GPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
 }
+# Shapes that a CPU runs: one that was made up, and one that was published.
+CPU_SHAPES = {
+    "tiny": TrueShape(
+        LlamaConfig,
+        {
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 65536,
+            "tie_word_embeddings": True,
+        },
+        3_295_488,
+    ),
+    "SmolLM2-135M": TrueShape(
+        LlamaConfig,
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+        134_515_008,
+    ),
+}
+GPU_SHAPES = ("Qwen2.5-3B", "Qwen2.5-7B", "Llama-3.1-8B")
+SHAPES = {**TRUE_SHAPES, **CPU_SHAPES}
 
 
 def small_base(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0) -> Any:
@@ -109,30 +143,60 @@ def small_base(family: str, dtype: torch.dtype = torch.float32, attention: str =
     return AutoModelForCausalLM.from_config(config_class(**fields), attn_implementation=attention, dtype=dtype).eval()
 
 
-def true_base(name: str) -> Any:
-    """The true shape ``name`` on the meta device: shapes and no numbers.
+def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    """The config of the shape ``name``, with ``layers`` decoder layers instead of its own."""
+    shape = SHAPES[name]
+    fields = shape.fields if layers is None else {**shape.fields, "num_hidden_layers": layers}
+    return shape.config_class(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+
+
+def shaped_base(
+    name: str,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    layers: int | None = None,
+) -> Any:
+    """A random model of the shape ``name``, in evaluation mode; on the meta device, shapes and no numbers.
 
     Raises:
-        ValueError: The shape does not have the published number of parameters.
+        ValueError: The shape does not have its number of parameters.
     """
-    shape = TRUE_SHAPES[name]
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape.config_class(**shape.fields))
-    found = base.num_parameters()
-    if found != shape.parameters:
-        raise ValueError(f"`{name}` must have {shape.parameters:,} parameters as published, got {found:,}.")
-    return base
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = shape_config(name, layers)
+        base = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    found, expected = base.num_parameters(), SHAPES[name].parameters
+    if layers is None and found != expected:
+        raise ValueError(f"`{name}` must have {expected:,} parameters, got {found:,}.")
+    return base.eval()
 
 
-def with_pte(base: Any, *, meta: bool = False, **fields: Any) -> Any:
-    """``base`` under PTE."""
-    return get_peft_model(base, PTEConfig(task_type="CAUSAL_LM", **fields), low_cpu_mem_usage=meta)
+def pte_config(**fields: Any) -> Any:
+    """A `PTEConfig` for a causal LM."""
+    from peft_pte import PTEConfig
+
+    return PTEConfig(task_type="CAUSAL_LM", **fields)
 
 
-def with_lora(base: Any, r: int, targets: set[str], *, meta: bool = False) -> Any:
+def with_pte(base: Any, *, meta: bool = False, autocast: bool = True, **fields: Any) -> Any:
+    """``base`` under PTE; without ``autocast`` the adapters have the dtype of the base."""
+    from peft import get_peft_model
+
+    config = pte_config(**fields)
+    return get_peft_model(base, config, low_cpu_mem_usage=meta, autocast_adapter_dtype=autocast)
+
+
+def with_lora(base: Any, r: int, targets: set[str], *, meta: bool = False, autocast: bool = True) -> Any:
     """``base`` under plain LoRA of rank ``r`` on the linear layers that PTE adapts."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules=sorted(targets))
-    return get_peft_model(base, config, low_cpu_mem_usage=meta)
+    return get_peft_model(base, config, low_cpu_mem_usage=meta, autocast_adapter_dtype=autocast)
+
+
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""The linear layers of the Llama and Qwen2 shapes, all of which are adapted."""
 
 
 def prompts(lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor]:

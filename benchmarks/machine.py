@@ -1,22 +1,22 @@
-"""What a results file says about where its figures come from."""
+"""What a results file says about where its figures come from, and what the machine could do at most."""
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 
-import peft_pte
+from .timing import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("peft-pte", "torch", "transformers", "peft", "trl", "triton", "kvpress")
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -33,9 +33,36 @@ def provenance(command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (peft_pte, torch, transformers, peft)},
+        "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What ``device`` reaches here and now: bytes/s of a large copy (read and write counted), FLOP/s of a large matmul.
+
+    Sizes: 1 GiB and 8192 on a GPU, 128 MiB and 1024 on a CPU.
+    """
+    gpu = device.type == "cuda"
+    nbytes, width = (2**30, 8192) if gpu else (2**27, 1024)
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source), device)
+    left = torch.randn(width, width, device=device, dtype=dtype)
+    product = torch.empty_like(left)
+    matmul = measure(lambda: torch.mm(left, left, out=product), device)
+    return {"bytes_per_second": 2 * nbytes / copy.median, "flop_per_second": 2 * width**3 / matmul.median}
+
+
+def _versions() -> dict[str, str]:
+    # A checkout that is not installed has no version, nor has what is missing.
+    return {name: version for name in PACKAGES if (version := _version(name)) is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

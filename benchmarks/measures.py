@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .accounting import PeakMemory, allocator_peak, storage_bytes
-from .cases import SMALL_ADAPTER, SMALL_MODELS, TRUE_SHAPES, prompts, small_base, true_base, with_lora, with_pte
+from .cases import SMALL_ADAPTER, SMALL_MODELS, TRUE_SHAPES, prompts, shaped_base, small_base, with_lora, with_pte
 from .theory import full_cache_bytes, kv_bytes_per_token, pte_cache_bytes
 
 Row = dict[str, Any]
@@ -194,7 +194,7 @@ def parameters(true_rank: int) -> Iterator[Row]:
     for name in (*SMALL_MODELS, *TRUE_SHAPES):
         true = name in TRUE_SHAPES
         fields = {"r": true_rank, "num_global_tokens": true_rank} if true else SMALL_ADAPTER
-        base = true_base(name) if true else small_base(name)
+        base = shaped_base(name) if true else small_base(name)
         total = base.num_parameters()
         model = with_pte(base, meta=true, **fields)
         trained = {key: value.numel() for key, value in model.named_parameters() if value.requires_grad}

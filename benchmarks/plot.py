@@ -1,4 +1,4 @@
-"""The plot of the two memory figures."""
+"""The plots: memory as counted, and time and memory of a training step on a GPU."""
 
 from __future__ import annotations
 
@@ -45,3 +45,25 @@ def _lines(axis: Any, rows: list[dict[str, Any]], line: str, x: str, y: str) -> 
         points = sorted((row[x], row[y] / 2**20) for row in rows if row[line] == name)
         if points:
             axis.plot(*zip(*points, strict=True), stroke, color=colour, label=label, marker="o", markersize=3.5)
+
+
+def draw_training_time(results: dict[str, Any], path: Path) -> None:
+    """Time and peak memory of one scored completion against its length, of the first shape, by peer."""
+    rows = [row for row in results["rows"] if row["part"] != "whole step" and "seconds" in row]
+    shape = rows[0]["shape"]
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        mine = [row for row in rows if row["peer"] == peer and row["shape"] == shape]
+        series = [(row["completion"], row) for row in sorted(mine, key=lambda row: row["completion"])]
+        lengths = [length for length, _ in series]
+        left.plot(lengths, [row["seconds"]["median"] for _, row in series], marker="o", label=peer.replace("_", " "))
+        peaks = [row["peak_bytes_above_weights"] / 2**30 for _, row in series]
+        right.plot(lengths, peaks, marker="o", label=peer.replace("_", " "))
+    for axis, label in ((left, "seconds"), (right, "GiB above the weights")):
+        axis.set(xscale="log", yscale="log", xlabel="completion length", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    drawing.suptitle(f"One scored completion, forward and backward: {shape}, {results['source']['gpu']}")
+    drawing.savefig(path, dpi=130)
+    plt.close(drawing)

@@ -14,7 +14,6 @@ from typing import Any
 from .machine import RESULTS, ROOT
 from .plot import draw
 
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 Rows = list[dict[str, Any]]
 
 
@@ -188,16 +187,17 @@ def _computed(rows: Rows) -> str:
     )
 
 
-def insert(text: str, block: str) -> str:
-    """``text`` with ``block`` between its markers.
+def insert(text: str, block: str, name: str = "figures") -> str:
+    """``text`` with ``block`` between its markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 
     Raises:
         ValueError: The markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"The README must hold the lines `{BEGIN}` and `{END}` once each, in this order. Add them.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"The README must hold the lines `{begin}` and `{end}` once each, in this order. Add them.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> None:

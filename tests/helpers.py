@@ -71,8 +71,8 @@ class Rollout:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def roll_out(model, prompts, new_tokens, seed=2):
-    """Sample ``new_tokens`` and keep the logits they were sampled from."""
+def roll_out(model, prompts, new_tokens, seed=2, **generation):
+    """Sample ``new_tokens`` and keep the logits they were sampled from; ``generation`` goes to ``generate``."""
     torch.manual_seed(seed)
     output = model.generate(
         **prompts,
@@ -80,11 +80,12 @@ def roll_out(model, prompts, new_tokens, seed=2):
         do_sample=True,
         output_logits=True,
         return_dict_in_generate=True,
+        **generation,
     )
     width = prompts["input_ids"].shape[1]
-    mask = torch.cat(
-        [prompts["attention_mask"], prompts["attention_mask"].new_ones(len(output.sequences), new_tokens)], 1
-    )
+    copies = len(output.sequences) // len(prompts["input_ids"])
+    prompt_mask = prompts["attention_mask"].repeat_interleave(copies, dim=0)
+    mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), new_tokens)], 1)
     labels = output.sequences.clone()
     labels[:, :width] = -100
     logits = torch.stack(output.logits, dim=1)

@@ -245,15 +245,18 @@ def test_prompt_length_says_where_the_prompt_ends():
         assert_close(whole, model(**batch, labels=labels).logits)
 
 
-def test_statistics():
+@pytest.mark.parametrize("generation", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_statistics(generation):
     from peft_pte.seam import Seam
 
     model = make_pte()
     seam = Seam.of(model.get_base_model())
-    batch = roll_out(model, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW, [3 * WINDOW, 2, WINDOW + 1])
+    rollout = roll_out(model, make_prompts(), 3 * WINDOW, **generation)
+    batch = rollout.truncated(3 * WINDOW, [3 * WINDOW, 2, WINDOW + 1])
     figures = seam.statistics.drain()
     assert figures["evictions_per_sequence"] == 8  # The last token sampled is not written.
     assert figures["state_norm"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["cache_bytes"] == rollout.cache.nbytes
     with torch.no_grad():
         model(**batch)
     figures = seam.statistics.drain()

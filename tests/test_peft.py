@@ -92,6 +92,9 @@ def test_save_and_load(family, low_cpu_mem_usage, tmp_path):
     loaded = PeftModel.from_pretrained(same_base(family), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not trainable(loaded)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
+    for parameter in loaded.parameters():
+        # Weights in a mapped file are not aligned as others are, and products round differently there.
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         assert torch.equal(thought_logits(loaded, batch), expected)
 

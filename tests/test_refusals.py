@@ -20,7 +20,7 @@ from transformers import (
     T5Config,
 )
 
-from peft_pte import PTECache, PTEConfig
+from peft_pte import PTECache, PTEConfig, StaticPTECache
 from tests.cases import GROUPED, make_base
 from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
 
@@ -52,10 +52,57 @@ def test_generate_batch():
         model.generate_batch([[1, 2, 3]])
 
 
-@pytest.mark.parametrize("fields", [{"cache_implementation": "static"}, {"cache_implementation": "quantized"}], ids=str)
-def test_other_cache_implementations(fields):
+@pytest.mark.parametrize("name", ["quantized", "offloaded", "sliding_window"])
+def test_other_cache_implementations(name):
     with pytest.raises(NotImplementedError, match="`cache_implementation` must be unset"):
-        make_pte().generate(**make_prompts(), max_new_tokens=4, **fields)
+        make_pte().generate(**make_prompts(), max_new_tokens=4, cache_implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "reason"),
+    [
+        ("llama", {"eviction": "key_diff"}, "oldest thoughts leave"),
+        ("llama", {"cache_window": None}, "bounded window"),
+        ("gemma3", {}, "sliding attention"),
+    ],
+)
+def test_static_cache_of_what_has_no_static_form(family, fields, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        make_pte(family, **fields).generate(**make_prompts(), max_new_tokens=4, cache_implementation="static")
+
+
+def test_gradients_through_a_static_cache():
+    model = make_pte()
+    cache = StaticPTECache(model.config, model.peft_config["default"])
+    with pytest.raises(NotImplementedError, match="no gradient can flow"):
+        model(**make_prompts(), past_key_values=cache)
+
+
+def test_taking_tokens_back_from_a_static_cache():
+    model = make_pte()
+    cache = StaticPTECache(model.config, model.peft_config["default"])
+    with torch.no_grad():
+        model(**make_prompts(), past_key_values=cache)
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="static cache cannot take tokens back"):
+        cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="cannot be forked"):
+        cache.fork()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"segment_length": 3}, "divide the 2"),
+        ({"segment_length": 10}, "at most 8"),
+        ({"segment_length": 4, "eviction": "key_diff"}, "must be 2 with eviction"),
+        ({"segment_length": 4, "backprop_through_cache": False}, "must be 2 with backprop"),
+        ({"segment_length": 4, "cache_window": None}, "needs a bounded cache"),
+    ],
+)
+def test_segment_length(fields, reason):
+    with pytest.raises(ValueError, match=f"`segment_length` .*{reason}"):
+        PTEConfig(**{**SMALL, **fields})
 
 
 def test_generation_without_a_cache():

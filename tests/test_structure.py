@@ -18,8 +18,8 @@ FLOORS = [
     {"shapes", "_peft_type", "config", "state"},
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
-    {"thought_layer", "cache", "statistics"},
-    {"checkpoints", "sites", "replay", "seam", "model"},
+    {"thought_layer", "cache", "static_cache", "statistics"},
+    {"checkpoints", "sites", "recompute", "decode", "replay", "seam", "model"},
     {"__init__"},
     {"integrations"},
 ]
@@ -82,7 +82,7 @@ def test_imports_form_no_circle():
         visit(unit, [])
 
 
-@pytest.mark.parametrize("operation", ["encode", "delta"])
+@pytest.mark.parametrize("operation", ["compress", "encode", "delta"])
 def test_reference_and_kernel_do_not_import_each_other(operation):
     folder = PACKAGE / "ops" / operation
     assert "triton" not in (folder / "reference.py").read_text().replace("torch", "")
@@ -147,5 +147,5 @@ def test_importing_twice_registers_once():
 
 
 def test_public_names():
-    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "__version__"}
+    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__"}
     assert all(hasattr(peft_pte, name) for name in peft_pte.__all__)

@@ -9,8 +9,9 @@ from ._peft_type import PTE
 from .cache import PTECache
 from .config import PTEConfig
 from .model import PTEModel
+from .static_cache import StaticPTECache
 
-__all__ = ["PTECache", "PTEConfig", "PTEModel", "__version__"]
+__all__ = ["PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__"]
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .config import PTEConfig
 from .eviction import make_policy
-from .slots import SlotTable
+from .slots import Place, SlotTable
 from .state import ThoughtState
 from .thought_layer import ThoughtLayer
 
@@ -70,6 +70,8 @@ class PTECache(Cache):
         self.prompt_limit: int | None = None
         self.prompt_mask: Tensor | None = None
         self.padding: Tensor | None = None
+        # Validity ``[B, 1, m]`` of what was evicted and can still be seen.
+        self._departing: tuple[Tensor, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -102,7 +104,7 @@ class PTECache(Cache):
     def nbytes(self) -> int:
         """Bytes of everything held: keys, values, states, bookkeeping."""
         tensors: list[Tensor] = [*self.state.tensors()]
-        tables = {id(layer.table): layer.table for _, layer in self.thought_layers if self.prompt_length is not None}
+        tables = {id(layer.table): layer.table for _, layer in self.thought_layers if layer.has_table}
         for table in tables.values():
             tensors.extend(table.tensors())
         for layer in self.layers:
@@ -141,18 +143,29 @@ class PTECache(Cache):
                 extended[id(table)] = table.append(positions, valid)
             layer.hold(extended[id(table)])
 
-    def evict(self, encoded_layers: Collection[int]) -> None:
-        """Let ``m`` thoughts leave every layer; queue those of ``encoded_layers`` for encoding."""
+    def evict(self, encoded_layers: Collection[int], times: int = 1) -> None:
+        """Let ``m`` thoughts leave every layer, ``times`` times over; queue those of ``encoded_layers`` for encoding.
+
+        What leaves after the first time can be seen until :meth:`settle`.
+        """
         tables: dict[int, SlotTable] = {}
         for index, layer in self.thought_layers:
             before = layer.table
-            evicted = layer.evict(self.policy, self.tokens_per_eviction)
+            evicted = layer.evict(self.policy, self.tokens_per_eviction, times)
             if self.policy.uniform:
                 # One table serves all layers, as long as they all lose the same tokens.
                 layer.hold(tables.setdefault(id(before), layer.table))
             if index in encoded_layers:
-                self.state.add_pending(index, evicted)
-        self.evictions += 1
+                for part in evicted:
+                    self.state.add_pending(index, part)
+            self._departing = tuple(part.valid for part in evicted[1:] if part.valid is not None)
+        self.evictions += times
+
+    def settle(self) -> None:
+        """Drop what was evicted and kept for the tokens of this pass."""
+        self._departing = ()
+        for _, layer in self.thought_layers:
+            layer.settle()
 
     def slot_mask(self, valid: Tensor | None, length: int) -> Tensor | None:
         """The 2D mask ``[B, slots + T]`` of the full-attention layers, in slot order, before ``T`` tokens are written.
@@ -173,7 +186,8 @@ class PTECache(Cache):
         if layer.slots:
             written = min(layer.slots, layer.prompt)
             prompt_mask = None if self.prompt_mask is None else self.prompt_mask[:, :written]
-            parts = [(prompt_mask, written), (kept, table.count), *parts]
+            departing = torch.cat(self._departing, dim=2)[:, 0] if self._departing else None
+            parts = [(prompt_mask, written), (departing, layer.departing), (kept, table.count), *parts]
         if all(mask is None for mask, _ in parts):
             return None
         batch = table.positions.shape[0]
@@ -181,10 +195,20 @@ class PTECache(Cache):
             [_mask_or_ones(mask, batch, columns, table.positions.device) for mask, columns in parts], dim=1
         )
 
-    def make_differentiable(self) -> None:
-        """From now on gradients flow through what is written (memory then grows with the graph)."""
+    def make_functional(self) -> None:
+        """From now on nothing held is overwritten, so that gradients flow through it (memory then grows with the graph)."""
         for _, layer in self.thought_layers:
-            layer.make_differentiable()
+            layer.make_functional()
+
+    def make_in_place(self) -> None:
+        """From now on slots are written in place again."""
+        for _, layer in self.thought_layers:
+            layer.make_in_place()
+
+    @property
+    def functional(self) -> bool:
+        """Whether nothing held is overwritten."""
+        return all(layer.functional for _, layer in self.thought_layers)
 
     def detach_keys_and_values(self) -> None:
         """Cut the graph at the keys and values held; the states keep theirs."""
@@ -196,6 +220,31 @@ class PTECache(Cache):
         other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else copy.copy(layer) for layer in self.layers]
         other.state = self.state.fork()
         return other
+
+    def one_layer(self, index: int) -> PTECache:
+        """A cache with nothing but the content of one layer, for that layer alone to run with; no tensor is copied."""
+        other = copy.copy(self)
+        layer = self.layers[index]
+        layers: list[Any] = [_NoLayer()] * len(self.layers)
+        other.layers = layers
+        other.layers[index] = layer.fork(with_table=False) if isinstance(layer, ThoughtLayer) else copy.copy(layer)
+        other.state = ThoughtState(len(self.layers))
+        other.state.layers[index] = self.state.layers[index]
+        other.prompt_mask = other.padding = None
+        return other
+
+    def take_layer(self, index: int, other: PTECache) -> None:
+        """Let a layer be what it became in ``other``, made by :meth:`one_layer`."""
+        layer, after = self.layers[index], other.layers[index]
+        if isinstance(layer, ThoughtLayer) and isinstance(after, ThoughtLayer):
+            layer.take(after)
+        else:
+            self.layers[index] = after
+        self.state.layers[index] = other.state.layers[index]
+
+    def map_parts(self, function: Callable[[Any], Any]) -> None:
+        """Apply ``function`` to every tensor held, or to what stands in its place, in place."""
+        self._map_rows(function, lambda layer: _map_own(layer, function))
 
     def adopt(self, other: PTECache) -> None:
         """Become what ``other``, a fork of this cache, became."""
@@ -277,11 +326,15 @@ class PTECache(Cache):
     def _map_tables(self, function: Callable[[SlotTable], SlotTable]) -> None:
         mapped: dict[int, SlotTable] = {}
         for _, layer in self.thought_layers:
-            if self.prompt_length is not None:
+            if layer.has_table:
                 table = layer.table
                 if id(table) not in mapped:
                     mapped[id(table)] = function(table)
                 layer.hold(mapped[id(table)])
+
+
+class _NoLayer:
+    """Stands where a layer is not needed."""
 
 
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
@@ -292,14 +345,39 @@ def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     return (evict, ranks, config.key_rotation, *(getattr(config, name) for name in fields))
 
 
+def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
+    """Refuse a cache that the active ``adapter`` cannot use; note that it does.
+
+    Raises:
+        TypeError: It is no PTECache.
+        ValueError: It is of another adapter, or of another configuration.
+    """
+    if not isinstance(cache, PTECache):
+        raise TypeError(
+            f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
+            "out in `generate`, or pass PTECache(model.config, pte_config)."
+        )
+    if cache.fingerprint != fingerprint(config):
+        raise ValueError(
+            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
+            f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
+        )
+    if cache.adapter not in (None, adapter):
+        raise ValueError(
+            f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
+            "can read the other's states. Activate the first again, or start with a cache of its own."
+        )
+    cache.adapter = adapter
+
+
 def _own_tensors(layer: Any) -> list[Tensor]:
     """Every tensor of a layer that is the model's own."""
     return [part for part in vars(layer).values() if isinstance(part, Tensor)]
 
 
-def _map_own(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
+def _map_own(layer: Any, function: Callable[[Any], Any]) -> None:
     for name, part in vars(layer).items():
-        if isinstance(part, Tensor):
+        if isinstance(part, (Tensor, Place)):
             setattr(layer, name, function(part))
 
 

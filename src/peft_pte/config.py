@@ -19,6 +19,9 @@ KEY_ROTATIONS = ("removed", "kept")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 MIN_CACHE_WINDOW = 4
+SHORTEST_SEGMENT = 128
+"""Tokens per sequence below which a pass of the layers costs time and saves no memory to speak of."""
+_MACHINE_FIELDS = ("impl", "segment_length", "recompute_layers", "offload")
 
 _CARD_USAGE = """
 ## How to load this adapter
@@ -74,8 +77,15 @@ class PTEConfig(PeftConfig):
         key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
             ``False``: they are detached at every eviction; the gradient still flows through the states.
-        impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. A choice of the machine, not of the
-            adapter: it is not saved.
+        impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. This field and those below are choices
+            of the machine, not of the adapter: they change no result and are not saved.
+        segment_length: Thoughts scored in one pass of the layers: a multiple of the tokens that leave at an eviction, or
+            a divisor. More is faster and needs more memory. ``None``: about 128, or one eviction's where those are more.
+        recompute_layers: With gradient checkpointing, whether the layers of a segment are recomputed one by one in the
+            backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass (none
+            with ``offload``); ``False``: those of all layers of one segment.
+        offload: With gradient checkpointing, whether a scoring call keeps what its backward pass starts from on the CPU:
+            keys and values of past segments and, with ``recompute_layers``, the inputs of their layers.
 
     Raises:
         ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
@@ -131,6 +141,15 @@ class PTEConfig(PeftConfig):
     impl: Literal["auto", "reference", "triton"] = field(
         default="auto", metadata={"help": "Who computes the kernels; not saved."}
     )
+    segment_length: int | None = field(
+        default=None, metadata={"help": "Thoughts scored in one pass of the layers; None: about 128; not saved."}
+    )
+    recompute_layers: bool = field(
+        default=True, metadata={"help": "Recompute the layers of a segment one by one; not saved."}
+    )
+    offload: bool = field(
+        default=False, metadata={"help": "Keep what the backward pass starts from on the CPU; not saved."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +157,7 @@ class PTEConfig(PeftConfig):
         self._check_numbers()
         self._check_choices()
         self._check_targets()
+        self._check_segment_length()
 
     def _check_numbers(self) -> None:
         _require_int("r", self.r, 1, "Use r=32 as in the paper")
@@ -215,6 +235,31 @@ class PTEConfig(PeftConfig):
                 "Name the layers, or leave both out."
             )
 
+    def _check_segment_length(self) -> None:
+        if self.segment_length is None:
+            return
+        _require_int("segment_length", self.segment_length, 1, "Leave it out for the default")
+        if self.cache_window is None:
+            raise ValueError("`segment_length` needs a bounded cache, got cache_window=None. Leave it out.")
+        step = self.tokens_per_eviction
+        longest = self.cache_window // step * step
+        fits = self.segment_length % step == 0 or step % self.segment_length == 0
+        if not fits or self.segment_length > longest:
+            raise ValueError(
+                f"`segment_length` must divide the {step} tokens that leave at an eviction, or be a multiple of them and at "
+                f"most {longest}, got {self.segment_length}. Use segment_length={step}, or leave it out for the default."
+            )
+        if self.segment_length > step and self.eviction != "sliding_window":
+            raise ValueError(
+                f"`segment_length` must be {step} with eviction={self.eviction!r}, got {self.segment_length}: what leaves "
+                "next depends on keys that the segment is yet to make. Leave it out."
+            )
+        if self.segment_length > step and not self.backprop_through_cache:
+            raise ValueError(
+                f"`segment_length` must be {step} with backprop_through_cache=False, got {self.segment_length}: keys and "
+                "values are detached at every eviction. Leave it out."
+            )
+
     @property
     def num_queries(self) -> int:
         """Rows ``Q`` of the state: the global tokens, or one learned query per rank without them."""
@@ -231,6 +276,20 @@ class PTEConfig(PeftConfig):
             raise ValueError("`cache_window` must be a number of tokens for an eviction to happen, got None.")
         return max(1, math.floor(self.evict_ratio * self.cache_window))
 
+    @property
+    def evictions_per_segment(self) -> int:
+        """Evictions that one pass of the layers over a scored segment spans.
+
+        Raises:
+            ValueError: The cache is unbounded.
+        """
+        step = self.tokens_per_eviction
+        if self.segment_length is not None:
+            return max(self.segment_length // step, 1)
+        if self.eviction != "sliding_window" or not self.backprop_through_cache:
+            return 1
+        return min(math.ceil(SHORTEST_SEGMENT / step), (self.cache_window or 0) // step)
+
     def scale(self, rank: int, alpha: float | None = None) -> float:
         """The factor on an adapter of ``rank``; ``alpha`` overrides the config's (``alpha_pattern``)."""
         numerator = alpha if alpha is not None else self.alpha
@@ -238,10 +297,8 @@ class PTEConfig(PeftConfig):
         return numerator / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that belong to the adapter; ``impl`` belongs to the machine and is left out."""
-        fields = super().to_dict()
-        fields.pop("impl", None)
-        return fields
+        """The fields that belong to the adapter; those that belong to the machine are left out."""
+        return {name: value for name, value in super().to_dict().items() if name not in _MACHINE_FIELDS}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as peft does, and tell the model card beside it how to load a method that peft does not ship."""

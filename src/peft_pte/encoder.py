@@ -142,8 +142,9 @@ class PTEEncoder(nn.Module, PTELayer):
                 f"{type(self._outside[0]).__name__} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} where "
                 f"its config promises a width of {self.width}. PTE supports layers that cache both as [B, G, T, head_dim]."
             )
-        if settings.rotation_removed and self.rotation is not None:
-            keys = self.rotation.remove(keys, evicted.positions.to(keys.device))
+        rotation = self.applied_rotation(adapter_name)
+        if rotation is not None:
+            keys = rotation.remove(keys, evicted.positions.to(keys.device))
         valid = None
         if evicted.valid is not None:
             # Positions and validity are kept beside the inputs; a model may be spread over devices.
@@ -152,18 +153,29 @@ class PTEEncoder(nn.Module, PTELayer):
             valid = mask.any(dim=1)
         return self._encode(adapter_name, state, _flatten_heads(keys), _flatten_heads(values), valid)
 
+    def applied_rotation(self, adapter_name: str) -> Rotation | None:
+        """The rotation that is undone before keys are read; ``None`` where they are read as cached."""
+        return self.rotation if self.settings[adapter_name].rotation_removed else None
+
+    def projections(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``W_Q h_g [Q, R]``, ``W_K [R, D]`` and ``W_V [R, D]``."""
+        tokens = weight_of(self.pte_global_tokens[adapter_name])
+        key, value = weight_of(self.pte_key[adapter_name]), weight_of(self.pte_value[adapter_name])
+        wide = float_dtype(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            query = nn.functional.linear(tokens.to(wide), weight_of(self.pte_query[adapter_name]).to(wide))
+        return query, key, value
+
     def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         settings = self.settings[adapter_name]
-        tokens = weight_of(self.pte_global_tokens[adapter_name]).to(state.dtype)
-        with torch.autocast(state.device.type, enabled=False):
-            query = nn.functional.linear(tokens, weight_of(self.pte_query[adapter_name]).to(state.dtype))
+        query, key_projection, value_projection = self.projections(adapter_name)
         return encode(
             state,
             query,
             keys,
             values,
-            weight_of(self.pte_key[adapter_name]),
-            weight_of(self.pte_value[adapter_name]),
+            key_projection,
+            value_projection,
             valid,
             gain=settings.gain,
             attention=settings.attention,

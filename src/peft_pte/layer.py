@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PTEConfig
-from .ops import delta, resolve_impl
+from .ops import delta, delta_group_, resolve_impl
 from .state import read_state
 
 MERGE_REFUSED = (
@@ -125,30 +125,29 @@ class PTELinear(nn.Module, PTELayer):
         x, state = self._by_sequence(x, adapter)
         down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
         hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
-        update = delta(
-            hidden,
-            down,
-            state,
-            up,
-            scale=self.scale[adapter],
-            impl=self.impl[adapter],
-        )
-        return result + update.reshape(result.shape).to(result.dtype)
+        rows = result.reshape(*hidden.shape[:2], -1)
+        scale, impl = self.scale[adapter], self.impl[adapter]
+        if impl == "triton" and hidden.shape[1] == 1 and not torch.is_grad_enabled():
+            # The kernels for one token per sequence write onto what the linear has just made.
+            delta_group_([rows], hidden, down, state, [up], [scale], impl=impl)
+            return result
+        return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
-        """The input as ``[B, T, in]`` and the state that each of its sequences reads."""
-        state, tokens = read_state(self.layer_index)
-        batch = state.shape[0]
-        if x.ndim == 3 and x.shape[0] == batch:
-            return x, state[..., : self.r[adapter]]
+        """The input as ``[B * N, T / N, in]`` and the states that its rows read."""
+        state, rows, tokens = read_state(self.layer_index)
         # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
-        if x.ndim == 2 and x.shape[0] == batch * tokens and ".experts." not in self.name:
-            return x.reshape(batch, tokens, -1), state[..., : self.r[adapter]]
-        raise ValueError(
-            f"`{self.name}` got an input of shape {tuple(x.shape)} for {batch} sequences of {tokens} tokens: its rows "
-            "cannot be told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
-            f"[{self.name.rpartition('.')[2]!r}]."
-        )
+        flat = x.ndim == 2 and x.shape[0] == rows * tokens and ".experts." not in self.name
+        if not flat and (x.ndim != 3 or x.shape[0] != rows):
+            raise ValueError(
+                f"`{self.name}` got an input of shape {tuple(x.shape)} for {rows} sequences of {tokens} tokens: its rows "
+                "cannot be told apart by sequence, so it cannot read their states. Leave it out with exclude_modules="
+                f"[{self.name.rpartition('.')[2]!r}]."
+            )
+        states = state.shape[0]
+        if flat or states != rows:
+            x = x.reshape(states, rows * tokens // states, -1)
+        return x, state[..., : self.r[adapter]]
 
     def resolved_impl(self, adapter_name: str) -> str:
         """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""

@@ -7,6 +7,7 @@ is outside both. Rows already so are left alone; others are moved, and their out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +77,13 @@ class Layout:
         return padded.gather(1, _like(self.target, padded))
 
 
-def lay_out(boundaries: Tensor, mask: Tensor | None, columns: int) -> Layout:
-    """The layout of rows whose thoughts start at ``boundaries [B]`` and whose real tokens are ``mask [B, N]``."""
+def lay_out(
+    boundaries: Tensor, mask: Tensor | None, columns: int, agree: Callable[[int, int], tuple[int, int]] | None = None
+) -> Layout:
+    """The layout of rows whose thoughts start at ``boundaries [B]`` and whose real tokens are ``mask [B, N]``.
+
+    ``agree`` may ask for more columns of prompt and of thoughts than the rows need.
+    """
     column = torch.arange(columns, device=boundaries.device)
     thought = column >= boundaries[:, None]
     real = torch.ones_like(thought) if mask is None else mask
@@ -91,7 +97,9 @@ def lay_out(boundaries: Tensor, mask: Tensor | None, columns: int) -> Layout:
     is_aligned, first, widest, longest = torch.stack(
         [aligned.long(), boundaries[0], before.sum(dim=1).amax(), after.sum(dim=1).amax()]
     ).tolist()
-    if is_aligned:
+    needed = (first, columns - first) if is_aligned else (widest, longest)
+    widest, longest = needed if agree is None else agree(*needed)
+    if is_aligned and (widest, longest) == needed:
         return Layout(first, columns, mask=mask)
     total = widest + longest
     rank_before, rank_after = before.cumsum(dim=1) - 1, after.cumsum(dim=1) - 1

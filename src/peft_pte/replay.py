@@ -11,27 +11,27 @@ keys and values of the scored tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, distributed
 
-from .cache import PTECache, fingerprint
-from .config import PTEConfig
+from .cache import PTECache, check_cache
+from .config import SHORTEST_SEGMENT
+from .decode import announce, step
 from .layout import Layout, PromptSpec, lay_out
-from .state import LayerState, bind
+from .recompute import Offload, layers_recomputed, recomputed
+from .state import LayerState, Reading, bind
+from .static_cache import StaticPTECache
 
 if TYPE_CHECKING:
     from .seam import Seam
 
 # Inputs with one entry per token, which are cut where a segment ends.
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
-# Tokens below which cutting a prompt or a first window costs time and saves no memory to speak of.
-_SHORTEST_PIECE = 128
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -72,7 +72,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     config = seam.config(adapter)
     call = _sort_arguments(seam, arguments)
     if call.cache is not None:
-        _check_cache(call.cache, config, adapter)
+        check_cache(call.cache, config, adapter)
     batch, columns = call.shape
     fresh = call.cache is None or call.cache.get_seq_length() == 0
     boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
@@ -138,25 +138,6 @@ def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     )
 
 
-def _check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
-    if not isinstance(cache, PTECache):
-        raise TypeError(
-            f"`past_key_values` must be a PTECache while a PTE adapter is active, got {type(cache).__name__}. Leave it "
-            "out in `generate`, or pass PTECache(model.config, pte_config)."
-        )
-    if cache.fingerprint != fingerprint(config):
-        raise ValueError(
-            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
-            f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
-        )
-    if cache.adapter not in (None, adapter):
-        raise ValueError(
-            f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
-            "can read the other's states. Activate the first again, or start with a cache of its own."
-        )
-    cache.adapter = adapter
-
-
 def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
     """Without a cache: every token is prompt (or the cache is unbounded), so every adapter reads ``S0``."""
 
@@ -196,25 +177,33 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     positions = _positions(call, seen)
     if boundaries is not None:
         _refuse_packed(call.positions, call.mask)
-        layout = lay_out(boundaries, call.mask, call.shape[1])
+        layout = lay_out(boundaries, call.mask, call.shape[1], _agreement(call.device) if seam.sharded() else None)
         # A cache in another layout than its caller's columns cannot be continued by the caller's masks.
         call.use_cache = call.use_cache and (layout.source is None or call.cache is not None)
     tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
     positions = layout.pack(positions)
-    if torch.is_grad_enabled():
-        cache.make_differentiable()
-    recompute = seam.checkpoints_layers() and torch.is_grad_enabled()
     config = seam.config(adapter)
+    gradients = torch.is_grad_enabled()
+    # A cache of the caller's is decoded with, and decoding writes in place.
+    if gradients or (call.cache is None and layout.columns > 1):
+        cache.make_functional()
+    recompute = seam.checkpoints_layers() and gradients
+    # With the inputs of layers on the CPU nothing is left to save by recomputing whole segments as well.
+    by_segment = recompute and not (config.recompute_layers and config.offload)
+    saving = Offload().hooks if recompute and config.offload else nullcontext
+    most = seam.most_evictions(adapter) if cache.functional else 1
     outputs: list[Any] = []
     start, before = 0, cache.evictions
     while start < layout.columns:
         if cache.prompt_length is None:
             seam.check_positions(layout.prompt)
             prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
+            if isinstance(cache, StaticPTECache) and config.impl == "triton":
+                cache.share_blocks(seam.layer_devices)
             cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
-        length, evict = _next_segment(seam, cache, layout, start)
+        length, evictions = _next_segment(seam, cache, layout, start, most, config.segment_length)
         valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
-        if evict and not config.backprop_through_cache:
+        if evictions and not config.backprop_through_cache:
             cache.detach_keys_and_values()
         part = slice(start, start + length)
         segment = partial(
@@ -225,17 +214,18 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             positions[:, part],
             valid,
             None if layout.mask is None else layout.mask[:, : seen + start + length],
-            evict,
+            evictions,
+            recompute and config.recompute_layers,
             call.rest,
         )
-        if recompute:
-            # From a snapshot, which stays what it is when this cache moves on.
-            output, after = checkpoint(_run_from, segment, cache.fork(), use_reentrant=False)
+        with saving():
+            output, after = recomputed(segment, cache) if by_segment else segment(cache)
+        if after is not cache:
             cache.adopt(after)
-        else:
-            output, _ = segment(cache)
         outputs.append(output)
         start += length
+    if call.use_cache and cache.functional and not gradients:
+        cache.make_in_place()
     seam.observe(cache, layout, evicted=cache.evictions > before)
     return _join(outputs, layout)
 
@@ -272,17 +262,31 @@ def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
         )
 
 
-def _next_segment(seam: Seam, cache: PTECache, layout: Layout, start: int) -> tuple[int, bool]:
-    """Tokens of the next segment, and whether an eviction comes first."""
-    piece = max(cache.tokens_per_eviction, _SHORTEST_PIECE) if torch.is_grad_enabled() else layout.columns
+def _next_segment(
+    seam: Seam, cache: PTECache, layout: Layout, start: int, most: int, wanted: int | None
+) -> tuple[int, int]:
+    """Tokens of the next segment, and the evictions it spans.
+
+    Args:
+        seam: The adapted model.
+        cache: What the segment starts from.
+        layout: Where all tokens are.
+        start: First column of the segment.
+        most: Evictions that a segment may span.
+        wanted: Tokens that a segment with gradients is to have, ``PTEConfig.segment_length``.
+    """
+    step = cache.tokens_per_eviction
+    remaining = layout.columns - start
+    piece = (wanted or max(most * step, SHORTEST_SEGMENT)) if torch.is_grad_enabled() else remaining
     if cache.missing_prompt:
-        return min(cache.missing_prompt, piece), False
-    evict = cache.room == 0
-    room = cache.tokens_per_eviction if evict else min(cache.room, piece)
-    length = min(room, layout.columns - start)
+        return min(cache.missing_prompt, piece), 0
+    if isinstance(cache, StaticPTECache):
+        return 1, 0  # `announce` evicts.
+    evictions = 0 if cache.room else max(min(most, remaining // step), 1)
+    length = min(evictions * step or cache.room, piece, remaining)
     if not seam.rotary:
         seam.check_positions(cache.get_seq_length() + length)
-    return length, evict
+    return length, evictions
 
 
 def _run_segment(
@@ -292,17 +296,40 @@ def _run_segment(
     positions: Tensor,
     valid: Tensor | None,
     column_mask: Tensor | None,
-    evict: bool,
+    evictions: int,
+    recompute_layers: bool,
     rest: dict[str, Any],
     cache: PTECache,
 ) -> tuple[Any, PTECache]:
-    if evict:
-        cache.evict(seam.encoded_layers)
     writes_prompt = cache.missing_prompt > 0
-    mask = seam.attention_mask(cache, positions, valid, column_mask)
+    if isinstance(cache, StaticPTECache) and not writes_prompt:
+        announce(seam, adapter, cache, positions, valid)
+        mask = seam.attention_mask(cache, positions, valid, column_mask, 0)
+        output = step(
+            seam,
+            cache,
+            **tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **rest,
+        )
+        return output, cache
+    if evictions:
+        cache.evict(seam.encoded_layers, evictions)
+    mask = seam.attention_mask(cache, positions, valid, column_mask, evictions)
     if not writes_prompt:
         cache.record(positions, valid)
-    with bind(_Reader(seam, adapter, cache, (positions.shape[0], positions.shape[1]))), _layers_uncheckpointed(seam):
+    shape = (positions.shape[0], positions.shape[1])
+
+    @contextmanager
+    def binding(target: PTECache) -> Iterator[None]:
+        with bind(_Reader(seam, adapter, target, shape, max(evictions, 1))), _layers_uncheckpointed(seam):
+            yield
+
+    with binding(cache), layers_recomputed(seam.blocks, cache, binding) if recompute_layers else nullcontext():
         output = seam.inner(
             **tokens,
             attention_mask=mask,
@@ -312,21 +339,25 @@ def _run_segment(
             return_dict=True,
             **rest,
         )
+    cache.settle()
     return output, cache
 
 
-def _run_from(segment: Callable[[PTECache], tuple[Any, PTECache]], start: PTECache) -> Any:
-    return segment(start.fork())
-
-
 class _Reader:
-    """Gives each layer's adapters their state, encoding what the layer lost when they first ask."""
+    """Gives each layer's adapters their states, encoding what the layer lost when they first ask."""
 
-    def __init__(self, seam: Seam, adapter: str, cache: PTECache, shape: tuple[int, int]) -> None:
-        self.seam, self.adapter, self.cache = seam, adapter, cache
+    def __init__(self, seam: Seam, adapter: str, cache: PTECache, shape: tuple[int, int], states: int = 1) -> None:
+        self.seam, self.adapter, self.cache, self.states = seam, adapter, cache, states
         self.batch, self.tokens = shape
+        self._readings: dict[int, Reading] = {}
 
-    def __call__(self, layer_index: int) -> Tensor:
+    def __call__(self, layer_index: int) -> Reading:
+        reading = self._readings.get(layer_index)
+        if reading is None:
+            reading = self._readings[layer_index] = Reading(self._read(layer_index), self.batch, self.tokens)
+        return reading
+
+    def _read(self, layer_index: int) -> Tensor:
         layer = self.cache.state.layers[layer_index]
         if layer.value is not None and not layer.pending:
             return layer.value
@@ -334,10 +365,11 @@ class _Reader:
         value = layer.value
         if value is None:
             value = encoder.initial_state(self.adapter).expand(self.batch, -1, -1)
+        values = [value]
         for evicted in layer.pending:
-            value = encoder(self.adapter, value, evicted)
-        self.cache.state.layers[layer_index] = LayerState(value)
-        return value
+            values.append(encoder(self.adapter, values[-1], evicted))
+        self.cache.state.layers[layer_index] = LayerState(values[-1])
+        return values[-1] if self.states == 1 else torch.stack(values[-self.states :], dim=1).flatten(0, 1)
 
 
 @contextmanager
@@ -394,6 +426,21 @@ def _positions(call: Call, seen: int) -> Tensor:
     if call.mask is not None:
         return (call.mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -columns:]
     return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
+
+
+def _agreement(device: torch.device) -> Callable[[int, int], tuple[int, int]]:
+    """Lets every process run as many segments as the one with the most.
+
+    Sharded weights are gathered once per segment, by all processes together; one that has fewer would be waited for.
+    """
+
+    def widest(prompt: int, thoughts: int) -> tuple[int, int]:
+        columns = torch.tensor([prompt, thoughts], device=device)
+        distributed.all_reduce(columns, op=distributed.ReduceOp.MAX)
+        prompt, thoughts = columns.tolist()
+        return prompt, thoughts
+
+    return widest
 
 
 def _refuse_packed(positions: Tensor | None, mask: Tensor | None) -> None:

@@ -7,6 +7,7 @@ for a model is not assumed but tried once, on the attention layer itself (:func:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .ops.compress import ROTARY_STYLES, rotate
 
 # One token, at these positions, tells a rotation from none and a right inverse from a wrong one.
 _PROBE_POSITIONS = (0, 7)
@@ -50,13 +53,37 @@ class Rotation:
         """
         batch, heads, evicted, head_dim = keys.shape
         groups = positions.shape[1]
-        cos, sin = self.cos_sin(positions.reshape(batch * groups, evicted), keys.dtype)
-        square = self._scaling() ** 2
+        cos, sin = self.inverse_cos_sin(positions.reshape(batch * groups, evicted), keys.dtype)
         rows = keys.reshape(batch * groups, heads // groups, evicted, head_dim)
         # Where only the first dimensions are rotated, some models split them off before their rotary code and some in it.
         rotated, unrotated = rows[..., : cos.shape[-1]], rows[..., cos.shape[-1] :]
-        _, plain = self.apply(rotated, rotated, cos / square, -sin / square)
+        _, plain = self.apply(rotated, rotated, cos, sin)
         return torch.cat([plain, unrotated], dim=-1).reshape(keys.shape)
+
+    def inverse_cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, T, rotary_dim]`` that undo the rotation at ``positions [N, T]``."""
+        cos, sin = self.cos_sin(positions, dtype)
+        square = self._scaling() ** 2
+        return cos / square, -sin / square
+
+    @functools.cached_property
+    def style(self) -> str | None:
+        """Which dimensions turn together: ``"half"``, ``"interleaved"``, or ``None`` where it is neither (tried out)."""
+        device = next((buffer.device for buffer in self.embedding.buffers()), torch.device("cpu"))
+        cos, sin = self.cos_sin(torch.tensor([[5]], device=device), torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        row = torch.randn(1, 1, 1, cos.shape[-1], generator=generator).to(device)
+        _, turned = self.apply(row, row, cos, sin)
+        for style in ROTARY_STYLES:
+            pairs = (
+                (cos.chunk(2, dim=-1), sin.chunk(2, dim=-1))
+                if style == "half"
+                else ((cos[..., ::2], cos[..., 1::2]), (sin[..., ::2], sin[..., 1::2]))
+            )
+            equal = all(torch.equal(*pair) for pair in pairs)
+            if equal and torch.allclose(rotate(row, cos, sin, style), turned, atol=1e-5):
+                return style
+        return None
 
     def _scaling(self) -> float:
         name = "attention_scaling" if self.layer_type is None else f"{self.layer_type}_attention_scaling"

@@ -15,21 +15,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 from .cache import PTECache
 from .config import PTEConfig
+from .decode import prepare, step
 from .encoder import CHILD_NAME, PTEEncoder
+from .layer import PTELinear, weight_of
 from .layout import Layout, PromptSpec
 from .replay import run
 from .sites import find_backbone, find_sites
+from .static_cache import StaticPTECache
 from .statistics import Statistics
 
 _ATTRIBUTE = "_pte_seam"
 _HOOKED_METHOD = "_prepare_cache_for_generation"
+_MASKS_METHOD = "create_masks_for_generate"
+_NO_ADAPTER = (
+    "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was evicted. Enable the "
+    "adapter, or leave the cache out."
+)
+# Attention that takes a mask of any form.
+_MASKABLE = ("eager", "sdpa", "flex_attention")
 
 
 class Seam:
@@ -81,10 +95,11 @@ class Seam:
         setattr(self.model, _ATTRIBUTE, self)
         original = getattr(type(self.model), _HOOKED_METHOD)
         self.model._prepare_cache_for_generation = _bound(_prepare_cache, self.model, original)
+        self.model.create_masks_for_generate = functools.partial(_create_masks, self.model)
         self.model.generate_batch = functools.partial(_refuse_generate_batch, self.model)
         self._hooks = [
             self.model.register_forward_pre_hook(_enter_call, with_kwargs=True),
-            self.model.register_forward_hook(_leave_call, always_call=True),
+            self.model.register_forward_hook(_leave_call, with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -94,7 +109,7 @@ class Seam:
         del self.backbone.forward
         if self._inner is not None:
             self.backbone.forward = self._inner
-        for name in (_HOOKED_METHOD, "generate_batch"):
+        for name in (_HOOKED_METHOD, _MASKS_METHOD, "generate_batch"):
             self.model.__dict__.pop(name, None)
         for module in (self.model, self.backbone):
             module.__dict__.pop(_ATTRIBUTE, None)
@@ -102,16 +117,27 @@ class Seam:
             if hasattr(site.attention, CHILD_NAME):
                 delattr(site.attention, CHILD_NAME)
 
-    def inner(self, **arguments: Any) -> Any:
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own forward."""
         if self._inner is not None:
-            return self._inner(**arguments)
-        return type(self.backbone).forward(self.backbone, **arguments)
+            return self._inner(*args, **kwargs)
+        return type(self.backbone).forward(self.backbone, *args, **kwargs)
 
     @property
     def encoded_layers(self) -> list[int]:
         """Layers that have an encoder."""
         return [index for index, site in self.sites.items() if hasattr(site.attention, CHILD_NAME)]
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer is."""
+        return [next(site.attention.parameters()).device for _, site in sorted(self.sites.items())]
+
+    def adapter_dtype(self, layer_index: int, adapter: str) -> torch.dtype:
+        """What the adapters of a layer compute in."""
+        block = self.model.get_submodule(self.sites[layer_index].block)
+        linears = (module for module in block.modules() if isinstance(module, PTELinear) and module.holds(adapter))
+        return weight_of(next(linears).pte_down[adapter]).dtype
 
     def encoder(self, layer_index: int) -> PTEEncoder:
         """The encoder of a layer that has one."""
@@ -131,20 +157,88 @@ class Seam:
         configs: dict[str, PTEConfig] = self.model.peft_config
         return configs[adapter]
 
-    def new_cache(self, adapter: str) -> PTECache:
-        """An empty cache for ``adapter``."""
-        return PTECache(self.text_config, self.config(adapter))
+    def new_cache(self, adapter: str, static: bool = False) -> PTECache:
+        """An empty cache for ``adapter``.
+
+        Raises:
+            NotImplementedError: It is to be ``static``, and the adapter or the attention has no such form.
+        """
+        if static and self.text_config._attn_implementation not in _MASKABLE:
+            raise NotImplementedError(
+                f'`cache_implementation` must not be "static" with attn_implementation='
+                f"{self.text_config._attn_implementation!r}, which takes no mask over slots. Leave it unset, or load the "
+                f"model with attn_implementation in {', '.join(map(repr, _MASKABLE))}."
+            )
+        return (StaticPTECache if static else PTECache)(self.text_config, self.config(adapter))
+
+    def require_adapter(self) -> str:
+        """The PTE adapter in use.
+
+        Raises:
+            ValueError: None is.
+        """
+        adapter = self.active_adapter()
+        if adapter is None:
+            raise ValueError(_NO_ADAPTER)
+        return adapter
+
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes, which then gather them layer by layer (FSDP, ZeRO-3)."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        wrapped = (FSDPModule, FullyShardedDataParallel)
+        if any(isinstance(module, wrapped) for module in self.model.modules()):
+            return True
+        # DeepSpeed marks the parameters that it partitions.
+        return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
     def checkpoints_layers(self) -> bool:
         """Whether gradient checkpointing is on."""
         return self.backbone.training and any(module.gradient_checkpointing for module in self.checkpointable)
 
+    @property
+    def blocks(self) -> list[tuple[int, nn.Module]]:
+        """The decoder layers, with their indices."""
+        return [(index, self.model.get_submodule(site.block)) for index, site in self.sites.items()]
+
+    def most_evictions(self, adapter: str) -> int:
+        """Evictions that one pass of the layers may span.
+
+        Raises:
+            NotImplementedError: `segment_length` asks for several, and the attention takes no mask that could tell its
+                tokens what each may see.
+        """
+        config = self.config(adapter)
+        most = config.evictions_per_segment
+        if most == 1 or self.text_config._attn_implementation in _MASKABLE:
+            return most
+        if config.segment_length is None:
+            return 1
+        raise NotImplementedError(
+            f"`segment_length` must be {config.tokens_per_eviction} with attn_implementation="
+            f"{self.text_config._attn_implementation!r}, which takes no masks, got {config.segment_length}. Leave it out, or "
+            f"load the model with attn_implementation in {', '.join(map(repr, _MASKABLE))}."
+        )
+
     def attention_mask(
-        self, cache: PTECache, positions: Tensor, valid: Tensor | None, columns: Tensor | None
-    ) -> Tensor | dict[str, Any] | None:
-        """The mask the backbone is given: 2D in slot order, or one per layer type where sliding layers count columns."""
+        self,
+        cache: PTECache,
+        positions: Tensor,
+        valid: Tensor | None,
+        columns: Tensor | None,
+        evictions: int,
+        prepared: bool = False,
+    ) -> Any:
+        """The mask the backbone is given before ``T`` tokens are written, in slot order.
+
+        2D (``None``: nothing is hidden); as the attention wants it where the tokens span several evictions or it must be
+        ``prepared``; or one per layer type where sliding layers count columns.
+        """
         slots = cache.slot_mask(valid, positions.shape[1])
-        if not any(cache.is_sliding):
+        sliding = any(cache.is_sliding)
+        if not (sliding or prepared or evictions > 1):
             return slots
         arguments: dict[str, Any] = {
             "config": self.text_config,
@@ -152,8 +246,12 @@ class Seam:
             "past_key_values": cache,
             "position_ids": positions,
         }
+        visible = _still_there(cache) if evictions > 1 else None
+        full = create_causal_mask(attention_mask=slots, and_mask_function=visible, **arguments)
+        if not sliding:
+            return full
         return {
-            "full_attention": create_causal_mask(attention_mask=slots, **arguments),
+            "full_attention": full,
             "sliding_attention": create_sliding_window_causal_mask(attention_mask=columns, **arguments),
         }
 
@@ -185,10 +283,7 @@ class Seam:
         adapter = self.active_adapter()
         if adapter is None:
             if isinstance(arguments.get("past_key_values"), PTECache):
-                raise ValueError(
-                    "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was "
-                    "evicted. Enable the adapter, or leave the cache out."
-                )
+                raise ValueError(_NO_ADAPTER)
             return self.inner(**arguments)
         return run(self, adapter, arguments, self._calls.take())
 
@@ -213,6 +308,18 @@ class _Calls(threading.local):
         return _Calls, ()
 
 
+def _still_there(cache: PTECache) -> Callable[[Any, Any, Any, Any], Any]:
+    """Which slots the tokens of a pass over several evictions may see: the first ``m`` all, the next ``m`` fewer, ..."""
+    _, layer = cache.thought_layers[0]
+    prompt, start, step = layer.prompt, layer.slots, cache.tokens_per_eviction
+
+    def visible(batch_index: Any, head_index: Any, query_index: Any, slot: Any) -> Any:
+        gone = (query_index - start) // step * step
+        return (slot < prompt) | (slot >= prompt + gone)
+
+    return visible
+
+
 def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` bound to ``module``, with the signature of ``original``.
 
@@ -221,13 +328,37 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
     return functools.update_wrapper(functools.partial(function, module), original)
 
 
-@torch.compiler.disable(recursive=False)
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, StaticPTECache) and mask is not None and mask.ndim == 4:
+        return step(getattr(self, _ATTRIBUTE), cache, *args, **kwargs)
+    return _replayed_forward(self, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False)
+def _replayed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, _ATTRIBUTE).forward(*args, **kwargs)
 
 
-@torch.compiler.disable
+def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``create_masks_for_generate``, which ``generate`` calls outside of what it compiles."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, StaticPTECache):
+        seam: Seam = getattr(self, _ATTRIBUTE)
+        return prepare(seam, cache, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs["inputs_embeds"])
+    original = getattr(type(self), _MASKS_METHOD, None)
+    return (create_masks_for_generate if original is None else functools.partial(original, self))(*args, **kwargs)
+
+
 def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # A step on a static cache is traced as one graph, and has no labels.
+    if isinstance(kwargs.get("past_key_values"), StaticPTECache):
+        return args, kwargs
+    return _note_call(model, args, kwargs)
+
+
+@torch.compiler.disable
+def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if getattr(model, "_is_replica", False):
         raise NotImplementedError(
             "torch.nn.DataParallel copies a model without its seam, so its replicas would run on the first device's weights. "
@@ -242,8 +373,13 @@ def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if not isinstance(kwargs.get("past_key_values"), StaticPTECache):
+        _forget_call(model)
+
+
 @torch.compiler.disable
-def _leave_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _forget_call(model: nn.Module) -> None:
     stack = getattr(model, _ATTRIBUTE)._calls.stack
     if stack:
         stack.pop()
@@ -258,7 +394,8 @@ def _prepare_cache(
         made = False
         _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
         if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = seam.new_cache(adapter)
+            static = generation_config.cache_implementation == "static"
+            model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
             made = True
         cache = model_kwargs["past_key_values"]
         if isinstance(cache, PTECache) and cache.get_seq_length() == 0:
@@ -281,9 +418,9 @@ def _prompt_limit(generation_config: Any, model_kwargs: dict[str, Any], generati
 
 
 def _refuse_generation(generation_config: Any, bounded: bool) -> None:
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise NotImplementedError(
-            f"`cache_implementation` must be unset while a PTE adapter is active, got "
+            f'`cache_implementation` must be unset or "static" while a PTE adapter is active, got '
             f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
         )
     if generation_config.use_cache is False and bounded:

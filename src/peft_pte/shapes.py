@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, Int64, jaxtyped
 from torch import Tensor
 
 State = Float[Tensor, "B Q R"]
@@ -32,12 +32,21 @@ Query = Float[Tensor, "Q R"]
 Projection = Float[Tensor, "R D"]
 EvictedRows = Float[Tensor, "B E D"]
 EvictedValid = Bool[Tensor, "B E"]
+LayerStates = Float[Tensor, "L B Q R"]
+LayerQueries = Float[Tensor, "L Q R"]
+LayerProjections = Float[Tensor, "L R D"]
+CachedHeads = Float[Tensor, "L B G C head_dim"]
+EvictedSlots = Int64[Tensor, "E"]
+CosSin = Float[Tensor, "B E rotary_dim"]
 HeadStates = Float[Tensor, "B G N head_dim"]
 HeadScores = Float[Tensor, "B G N"]
 Hidden = Float[Tensor, "B T inner"]
 Down = Float[Tensor, "R inner"]
 Up = Float[Tensor, "outer Q"]
 Output = Float[Tensor, "B T outer"]
+GroupDown = Float[Tensor, "ranks inner"]
+GroupUp = Float[Tensor, "_ Q"]
+GroupOutput = Float[Tensor, "B T _"]
 Positions = Int[Tensor, "B N"]
 
 F = TypeVar("F", bound=Callable[..., object])

@@ -40,6 +40,13 @@ class KeyValue(NamedTuple):
         return self.keys.shape[2]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Stands for a tensor in something taken apart (:mod:`peft_pte.recompute`)."""
+
+    index: int
+
+
 class SlotBuffer:
     """``capacity`` slots per sequence and head, allocated once, written in place."""
 
@@ -110,12 +117,23 @@ class SlotChunks:
         keys, values = zip(*self.chunks, strict=True)
         return KeyValue(torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
+    def peek(self, start: int, length: int) -> KeyValue:
+        """The ``length`` tokens from ``start``."""
+        _, after = self._split(start)
+        chunks, _ = SlotChunks(after)._split(length)
+        return SlotChunks(chunks).view()
+
+    def drop(self, start: int, length: int) -> None:
+        """Forget the ``length`` tokens from ``start``."""
+        before, after = self._split(start)
+        _, kept = SlotChunks(after)._split(length)
+        self.chunks = (*before, *kept)
+
     def evict_oldest(self, prompt: int, evict: int) -> KeyValue:
         """Drop the ``evict`` tokens behind the ``prompt``; returns what was dropped."""
-        before, after = self._split(prompt)
-        dropped, kept = SlotChunks(after)._split(evict)
-        self.chunks = (*before, *kept)
-        return SlotChunks(dropped).view()
+        evicted = self.peek(prompt, evict)
+        self.drop(prompt, evict)
+        return evicted
 
     def evict_at(self, prompt: int, evicted: Tensor, kept: Tensor) -> KeyValue:
         """As :meth:`evict_oldest`, for indices ``[B, G, .]`` that count from the end of the prompt."""

@@ -97,14 +97,22 @@ class ThoughtState:
 _bound = threading.local()
 
 
+class Reading(NamedTuple):
+    """What the adapters of one layer read in one forward pass."""
+
+    state: Tensor
+    """``S [B * N, Q, R]``: of every sequence, the ``N`` states that its tokens read one after the other."""
+    rows: int
+    """Sequences ``B``."""
+    tokens: int
+    """Tokens ``T`` per sequence; each state is read by ``T / N`` of them."""
+
+
 class StateReader(Protocol):
     """What lends the adapters of one forward pass their states."""
 
-    tokens: int
-    """Tokens ``T`` per sequence in this pass."""
-
-    def __call__(self, layer_index: int) -> Tensor:
-        """The state ``S [B, Q, R]`` of a layer."""
+    def __call__(self, layer_index: int) -> Reading:
+        """The states of a layer."""
 
 
 @contextmanager
@@ -118,8 +126,8 @@ def bind(reader: StateReader) -> Iterator[None]:
         _bound.reader = previous
 
 
-def read_state(layer_index: int) -> tuple[Tensor, int]:
-    """The state ``S [B, Q, R]`` of ``layer_index`` and the tokens ``T`` per sequence of the pass on this thread.
+def read_state(layer_index: int) -> Reading:
+    """What the adapters of ``layer_index`` read in the pass on this thread.
 
     Raises:
         RuntimeError: No forward pass of an adapted model runs on this thread.
@@ -130,4 +138,4 @@ def read_state(layer_index: int) -> tuple[Tensor, int]:
             "An adapted layer ran outside its model's forward pass, so there is no thought state for it to read. Call "
             "the model (or its backbone) instead of one of its layers."
         )
-    return reader(layer_index), reader.tokens
+    return reader(layer_index)

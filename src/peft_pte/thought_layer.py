@@ -26,7 +26,8 @@ class ThoughtLayer(CacheLayerMixin):
         self.window = window
         self.prompt = 0
         self.seen = 0
-        self.differentiable = False
+        self.functional = False
+        self.departing = 0
         self._store: SlotBuffer | SlotChunks | None = None
         self._table: SlotTable | None = None
 
@@ -69,6 +70,11 @@ class ThoughtLayer(CacheLayerMixin):
         return self._table
 
     @property
+    def has_table(self) -> bool:
+        """Whether the prompt is known, so that there is a :attr:`table`."""
+        return self._table is not None
+
+    @property
     def slots(self) -> int:
         """Slots in use."""
         return 0 if self._store is None else self._store.length
@@ -91,9 +97,9 @@ class ThoughtLayer(CacheLayerMixin):
         return () if self._store is None else self._store.tensors()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate all ``P + W`` slots for tensors like these (with gradients: none, they are kept as they come)."""
+        """Allocate all ``P + W`` slots for tensors like these (in a functional layer none: they are kept as they come)."""
         like = KeyValue(key_states, value_states)
-        self._store = SlotChunks() if self.differentiable else SlotBuffer(like, self.prompt + self.window)
+        self._store = SlotChunks() if self.functional else SlotBuffer(like, self.prompt + self.window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, G, T, head_dim]`` and return all that attention may see.
@@ -104,7 +110,7 @@ class ThoughtLayer(CacheLayerMixin):
         if self._store is None:
             self.lazy_initialization(key_states, value_states)
         new = KeyValue(key_states, value_states)
-        if self.slots + new.length > self.prompt + self.window:
+        if self.slots - self.departing + new.length > self.prompt + self.window:
             raise RuntimeError(
                 f"A PTECache of {self.prompt + self.window} slots got {new.length} tokens beside the {self.slots} it "
                 "holds. Call the adapted model itself: it evicts before it writes."
@@ -114,31 +120,68 @@ class ThoughtLayer(CacheLayerMixin):
         view = self.store.view()
         return view.keys, view.values
 
-    def make_differentiable(self) -> None:
-        """From now on keep tensors as they come, so that gradients flow through them."""
-        self.differentiable = True
+    def make_functional(self) -> None:
+        """From now on keep tensors as they come and overwrite none, so that gradients flow through them."""
+        self.functional = True
         if isinstance(self._store, SlotBuffer):
             self._store = SlotChunks((self._store.view(),))
 
-    def evict(self, policy: EvictionPolicy, evict: int) -> Evicted:
-        """Let ``evict`` thoughts leave, as ``policy`` says."""
+    def make_in_place(self) -> None:
+        """From now on write into slots of fixed size again."""
+        self.functional = False
+        if isinstance(self._store, SlotChunks):
+            held = self._store.view()
+            self._store = SlotBuffer(held, self.prompt + self.window)
+            self._store.append(held)
+
+    def evict(self, policy: EvictionPolicy, evict: int, times: int = 1) -> tuple[Evicted, ...]:
+        """Let ``evict`` thoughts leave, as ``policy`` says, ``times`` times over.
+
+        What leaves after the first time stays in its slots until :meth:`settle`, for the tokens that may still see it.
+
+        Raises:
+            RuntimeError: ``times`` is more than one where slots are written in place or heads choose for themselves.
+        """
+        if times > 1 and not (policy.uniform and isinstance(self._store, SlotChunks)):
+            raise RuntimeError("Several evictions in one pass need the oldest thoughts to leave a functional cache.")
         if policy.uniform:
-            positions, valid, self._table = self.table.evict_oldest(evict)
-            dropped = self.store.evict_oldest(self.prompt, evict)
-            return Evicted(dropped.keys, dropped.values, positions, valid)
+            positions, valid, self._table = self.table.evict_oldest(evict * times)
+            first = self.store.evict_oldest(self.prompt, evict)
+            self.departing = evict * (times - 1)
+            evicted = [first]
+            if isinstance(self._store, SlotChunks):
+                evicted += [self._store.peek(self.prompt + start, evict) for start in range(0, self.departing, evict)]
+            return tuple(
+                Evicted(
+                    *part, positions.narrow(2, start, evict), None if valid is None else valid.narrow(2, start, evict)
+                )
+                for start, part in zip(range(0, evict * times, evict), evicted, strict=True)
+            )
         keys = self.store.view().keys[:, :, self.prompt :]
         table = self.table.map(lambda part: part.expand(-1, keys.shape[1], -1).to(keys.device))
         leave, stay = policy.select(keys, table.used()[1], evict)
         positions, valid, self._table = table.evict_at(leave, stay)
         dropped = self.store.evict_at(self.prompt, leave, stay)
-        return Evicted(dropped.keys, dropped.values, positions, valid)
+        return (Evicted(dropped.keys, dropped.values, positions, valid),)
 
-    def fork(self) -> ThoughtLayer:
+    def settle(self) -> None:
+        """Drop what was evicted and kept for the tokens of this pass."""
+        if self.departing and isinstance(self._store, SlotChunks):
+            self._store.drop(self.prompt, self.departing)
+        self.departing = 0
+
+    def fork(self, with_table: bool = True) -> ThoughtLayer:
         """An independent layer with the same content; no tensor is copied, so only one may write to a buffer."""
         other = copy.copy(self)
         if isinstance(self._store, SlotChunks):
             other._store = SlotChunks(self._store.chunks)
+        if not with_table:
+            other._table = None
         return other
+
+    def take(self, other: ThoughtLayer) -> None:
+        """Hold what ``other``, a fork of this layer, was written."""
+        self._store, self.seen = other._store, other.seen
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on the batch axis or on the device, to keys and values, in place."""
@@ -159,7 +202,7 @@ class ThoughtLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.prompt = self.seen = 0
+        self.prompt = self.seen = self.departing = 0
         self._store = self._table = None
 
     def crop(self, tokens_to_remove: int) -> None:

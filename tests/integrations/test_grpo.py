@@ -86,9 +86,19 @@ def first_log_ratio(trainer, monkeypatch):
     return max(ratios), max(lengths)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_importance_ratio_is_one_on_the_first_iteration(family, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, make_trl_base(family), pte_config(), max_steps=1)
+@pytest.mark.parametrize(
+    ("family", "training", "fields"),
+    [
+        ("llama", {}, {}),
+        ("gpt2", {}, {}),
+        ("qwen3", {}, {}),
+        ("llama", {"cache_implementation": "static"}, {"offload": True}),
+        ("qwen3", {"cache_implementation": "static"}, {"recompute_layers": False}),
+    ],
+    ids=str,
+)
+def test_importance_ratio_is_one_on_the_first_iteration(family, training, fields, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, make_trl_base(family), pte_config(**fields), max_steps=1, **training)
     ratio, longest = first_log_ratio(trainer, monkeypatch)
     assert longest > 2 * WINDOW
     assert ratio < 1e-4
@@ -214,9 +224,9 @@ def test_rollouts_use_the_bounded_cache(tmp_path, monkeypatch):
     seen = []
     original = PTECache.evict
 
-    def counting(self, layers):
+    def counting(self, *arguments):
         seen.append(self.evictions)
-        return original(self, layers)
+        return original(self, *arguments)
 
     monkeypatch.setattr(PTECache, "evict", counting)
     trainer.train()

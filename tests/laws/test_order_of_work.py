@@ -64,13 +64,64 @@ def test_prompt_and_first_window_in_pieces(family, piece, eviction, monkeypatch)
     model = make_pte(family, eviction=eviction).train()
     batch = roll_out(model.eval(), make_prompts((7, 2, 5)), 3 * WINDOW).truncated(3 * WINDOW)
     expected, loss = gradients(model.train(), batch)
-    monkeypatch.setattr("peft_pte.replay._SHORTEST_PIECE", piece)
+    monkeypatch.setattr("peft_pte.replay.SHORTEST_SEGMENT", piece)
+    monkeypatch.setattr("peft_pte.config.SHORTEST_SEGMENT", piece)
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
         actual, loss_in_pieces = gradients(model, batch)
         assert_close(loss_in_pieces, loss)
         assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((name, "eager") for name in FAMILIES), ("llama", "sdpa"), ("gemma3", "sdpa")]
+)
+def test_length_of_a_segment(family, attention):
+    # Several evictions in one pass of the layers, or one; with gradients and without, with completions that end early.
+    found = {}
+    for length in (1, 2, 6, 8):
+        model = make_pte(family, segment_length=length, attn_implementation=attention)
+        batch = roll_out(model, make_prompts((7, 2, 5)), 3 * WINDOW + 1).truncated(25, [25, 17, 3])
+        with torch.no_grad():
+            logits = thought_logits(model, batch)
+        real = batch["attention_mask"][:, -logits.shape[1] :].bool()
+        found[length] = (*gradients(model.train(), batch), logits[real])
+    for length in (1, 6, 8):
+        assert_close(found[length][1], found[2][1])
+        assert_close(found[length][2], found[2][2])
+        assert_same_gradients(found[length][0], found[2][0])
+
+
+@pytest.mark.parametrize("prompts", [(4, 4, 4), (7, 2, 5)])
+@pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
+def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
+    model = make_pte(family)
+    batch = roll_out(model, make_prompts(prompts), 3 * WINDOW).truncated(3 * WINDOW, [24, 20, 3])
+    expected, loss = gradients(model.train(), batch)
+    monkeypatch.setattr("peft_pte.seam.Seam.sharded", lambda seam: True)
+    monkeypatch.setattr(
+        "peft_pte.replay._agreement", lambda device: lambda prompt, thoughts: (prompt + 3, thoughts + 9)
+    )
+    model.gradient_checkpointing_enable()
+    actual, loss_of_more = gradients(model, batch)
+    assert_close(loss_of_more, loss)
+    assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"eviction": "key_diff"}, {"backprop_through_cache": False}], ids=str)
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("recompute_layers", [False, True])
+@pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
+def test_what_is_kept_for_the_backward_pass(family, recompute_layers, offload, fields):
+    model = make_pte(family, recompute_layers=recompute_layers, offload=offload, **fields)
+    batch = roll_out(model, make_prompts((7, 2, 5)), 3 * WINDOW).truncated(3 * WINDOW)
+    expected, loss = gradients(model.train(), batch)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    actual, checkpointed_loss = gradients(model, batch)
+    assert_close(checkpointed_loss, loss)
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,10 +151,9 @@ def test_triton_or_reference(family):
     assert_same_gradients(results["triton"][0], results["reference"][0])
 
 
-@pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_compiled_or_eager(family):
-    model = make_pte(family)
-    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+def test_compiled_or_eager():
+    model = make_pte("llama", model={"num_hidden_layers": 1})
+    batch = roll_out(model, make_prompts(), WINDOW + 4).truncated(WINDOW + 4)
     with torch.no_grad():
         expected = thought_logits(model, batch)
         # The tracer is what could go wrong; the code generator behind it knows nothing of this package.

@@ -10,9 +10,14 @@ import torch
 
 
 @functools.cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
 def triton_available() -> bool:
     """Whether Triton can be imported here (nothing is imported to find out)."""
-    return importlib.util.find_spec("triton") is not None
+    return _find_triton()
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:

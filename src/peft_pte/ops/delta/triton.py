@@ -1,8 +1,9 @@
 """The adapters' reading of the thought state as Triton kernels; derivation in ``ops/README.md``.
 
-Forward: ``_read_kernel`` computes ``h = x B^T`` and ``z = h S^T`` for a block of tokens of one sequence, so that ``x``
-is read once; ``_expand_kernel`` computes ``scale * z A^T``. Backward: ``_state_kernel`` turns ``dz`` into ``dh`` and
-``dS``; the gradients of ``x``, ``A`` and ``B`` are plain matrix products.
+Segments (many tokens of a sequence): ``_read_kernel`` computes ``h = x B^T`` and ``z = h S^T`` for a block of tokens of
+one sequence, so that ``x`` is read once; ``_state_kernel`` turns ``dz`` into ``dh`` and ``dS``, and the other gradients
+are plain matrix products. Decoding (a row per sequence, each with its own ``S``): ``_group_read_kernel`` does it for
+several linears at once, split along ``x``. ``_expand_kernel`` serves both: ``base + scale * z A^T``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T = 32
-BLOCK_IN = 64
-BLOCK_OUT = 64
-# tl.dot wants at least 16 along every axis.
-MIN_BLOCK = 16
+from ..kernels import accumulator, block, dot, multiprocessors, upcast_dots
+from ..tuning import blocks_for
+
+# Programs add their shares of `h` without talking to each other: the second launch reads one `z` per share.
+MOST_SPLITS = 16
 
 
 @triton.jit
@@ -28,6 +29,8 @@ def _read_kernel(
     p_state,
     p_low,
     p_read,
+    s_x,
+    s_state,
     T,
     inner,
     Q,
@@ -37,6 +40,7 @@ def _read_kernel(
     b_Q: tl.constexpr,
     b_R: tl.constexpr,
     DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     o_t = (tl.program_id(1) * b_T + tl.arange(0, b_T)).to(tl.int64)
@@ -44,44 +48,171 @@ def _read_kernel(
     o_r = tl.arange(0, b_R)
     m_t = o_t < T
     m_r = o_r < R
+    p_rows = p_x + row * s_x[0] + o_t[:, None] * s_x[1]
     low = tl.zeros((b_T, b_R), dtype=DTYPE)
     for first in range(0, inner, b_I):
         o_i = first + tl.arange(0, b_I)
         m_i = o_i < inner
-        x = tl.load(p_x + (row * T + o_t[:, None]) * inner + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
+        x = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
         down = tl.load(p_down + o_r[None, :] * inner + o_i[:, None], mask=m_i[:, None] & m_r[None, :], other=0.0)
-        low += tl.dot(x, down, input_precision="ieee", out_dtype=DTYPE)
+        low += dot(x, down.to(x.dtype), DTYPE, "ieee", UPCAST)
     m_qr = (o_q < Q)[:, None] & m_r[None, :]
-    state = tl.load(p_state + row * Q * R + o_q[:, None] * R + o_r[None, :], mask=m_qr, other=0.0).to(DTYPE)
-    read = tl.dot(low, tl.trans(state), input_precision="ieee", out_dtype=DTYPE)
+    o_state = row * s_state[0] + o_q[:, None] * s_state[1] + o_r[None, :] * s_state[2]
+    state = tl.load(p_state + o_state, mask=m_qr, other=0.0).to(DTYPE)
+    read = dot(low, tl.trans(state), DTYPE)
     tl.store(p_low + (row * T + o_t[:, None]) * R + o_r[None, :], low, mask=m_t[:, None] & m_r[None, :])
     tl.store(p_read + (row * T + o_t[:, None]) * Q + o_q[None, :], read, mask=m_t[:, None] & (o_q < Q)[None, :])
 
 
 @triton.jit
-def _expand_kernel(
+def _group_read_kernel(
+    p_x,
+    p_down,
+    p_state,
+    p_read,
+    s_x,
+    s_state,
+    ranks,
+    N,
+    T,
+    inner,
+    per_split,
+    Q,
+    N_GROUP: tl.constexpr,
+    b_N: tl.constexpr,
+    b_I: tl.constexpr,
+    b_S: tl.constexpr,
+    b_Q: tl.constexpr,
+    b_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    o_n = (tl.program_id(0) * b_N + tl.arange(0, b_N)).to(tl.int64)
+    split = tl.program_id(1)
+    which = tl.program_id(2)
+    m_n = o_n < N
+    rank = 0
+    first_r = 0
+    for index in tl.static_range(N_GROUP):
+        rank = tl.where(which == index, ranks[index], rank)
+        first_r += tl.where(which > index, ranks[index], 0)
+    o_r = tl.arange(0, b_R)
+    m_r = o_r < rank
+    o_row = (o_n // T) * s_x[0] + (o_n % T) * s_x[1]
+    first_i = split * per_split
+    end_i = tl.minimum(first_i + per_split, inner)
+    low = tl.zeros((b_N, b_R), dtype=DTYPE)
+    for first in range(first_i, end_i, b_I):
+        o_i = first + tl.arange(0, b_I)
+        m_i = o_i < end_i
+        x = tl.load(p_x + o_row[:, None] + o_i[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
+        o_down = (first_r + o_r)[None, :].to(tl.int64) * inner + o_i[:, None]
+        down = tl.load(p_down + o_down, mask=m_i[:, None] & m_r[None, :], other=0.0)
+        low += dot(x.to(down.dtype), down, DTYPE, "ieee", UPCAST)
+    # Each row has a state of its own, so this is no matrix product; b_S rows of the states at a time fit in registers.
+    for first in tl.static_range(0, b_Q, b_S):
+        o_q = first + tl.arange(0, b_S)
+        m_q = o_q < Q
+        o_state = (o_n // T)[:, None, None] * s_state[0] + o_q[None, :, None] * s_state[1]
+        m_state = m_n[:, None, None] & m_q[None, :, None] & m_r[None, None, :]
+        state = tl.load(p_state + o_state + o_r[None, None, :] * s_state[2], mask=m_state, other=0.0).to(DTYPE)
+        read = tl.sum(state * low[:, None, :], axis=2)
+        o_read = ((split * N_GROUP + which) * N + o_n[:, None]) * Q + o_q[None, :]
+        tl.store(p_read + o_read, read, mask=m_n[:, None] & m_q[None, :])
+
+
+@triton.jit
+def _expand_one(
     p_read,
     p_up,
+    p_base,
     p_out,
-    scale,
+    s_base,
+    s_out,
+    which,
+    block,
     N,
     outer,
     Q,
-    b_T: tl.constexpr,
+    n_splits,
+    SCALE: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    b_N: tl.constexpr,
     b_O: tl.constexpr,
     b_Q: tl.constexpr,
     DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    o_n = (tl.program_id(0) * b_T + tl.arange(0, b_T)).to(tl.int64)
-    o_o = (tl.program_id(1) * b_O + tl.arange(0, b_O)).to(tl.int64)
+    o_n = (tl.program_id(0) * b_N + tl.arange(0, b_N)).to(tl.int64)
+    o_o = (block * b_O + tl.arange(0, b_O)).to(tl.int64)
     o_q = tl.arange(0, b_Q)
     m_n = o_n < N
-    m_o = o_o < outer
     m_q = o_q < Q
-    read = tl.load(p_read + o_n[:, None] * Q + o_q[None, :], mask=m_n[:, None] & m_q[None, :], other=0.0)
-    up = tl.load(p_up + o_o[None, :] * Q + o_q[:, None], mask=m_q[:, None] & m_o[None, :], other=0.0).to(DTYPE)
-    out = scale * tl.dot(read, up, input_precision="ieee", out_dtype=DTYPE)
-    tl.store(p_out + o_n[:, None] * outer + o_o[None, :], out, mask=m_n[:, None] & m_o[None, :])
+    m_o = o_o < outer
+    m_no = m_n[:, None] & m_o[None, :]
+    read = tl.zeros((b_N, b_Q), dtype=DTYPE)
+    for split in range(0, n_splits):
+        o_read = ((split * N_GROUP + which) * N + o_n[:, None]) * Q + o_q[None, :]
+        read += tl.load(p_read + o_read, mask=m_n[:, None] & m_q[None, :], other=0.0).to(DTYPE)
+    up = tl.load(p_up + o_o[None, :] * Q + o_q[:, None], mask=m_q[:, None] & m_o[None, :], other=0.0)
+    up = up.to(p_out.dtype.element_ty)
+    out = SCALE * dot(read.to(up.dtype), up, DTYPE, "ieee", UPCAST)
+    if HAS_BASE:
+        out += tl.load(p_base + o_n[:, None] * s_base + o_o[None, :], mask=m_no, other=0.0).to(DTYPE)
+    tl.store(p_out + o_n[:, None] * s_out + o_o[None, :], out.to(p_out.dtype.element_ty), mask=m_no)
+
+
+@triton.jit
+def _expand_kernel(
+    p_read,
+    p_ups,
+    p_bases,
+    p_outs,
+    s_bases,
+    s_outs,
+    outers,
+    N,
+    Q,
+    n_splits,
+    SCALES: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    b_N: tl.constexpr,
+    b_O: tl.constexpr,
+    b_Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # The blocks of all outputs stand in one row of the grid.
+    block = tl.program_id(1)
+    first = 0
+    for which in tl.static_range(N_GROUP):
+        blocks = tl.cdiv(outers[which], b_O)
+        if (block >= first) & (block < first + blocks):
+            _expand_one(
+                p_read,
+                p_ups[which],
+                p_bases[which],
+                p_outs[which],
+                s_bases[which],
+                s_outs[which],
+                which,
+                block - first,
+                N,
+                outers[which],
+                Q,
+                n_splits,
+                SCALES[which],
+                N_GROUP,
+                HAS_BASE,
+                b_N,
+                b_O,
+                b_Q,
+                DTYPE,
+                UPCAST,
+            )
+        first += blocks
 
 
 @triton.jit
@@ -91,6 +222,7 @@ def _state_kernel(
     p_state,
     p_grad_low,
     p_grad_state,
+    s_state,
     T,
     Q,
     R,
@@ -105,78 +237,232 @@ def _state_kernel(
     m_q = o_q < Q
     m_r = o_r < R
     m_qr = m_q[:, None] & m_r[None, :]
-    here = row * Q * R + o_q[:, None] * R + o_r[None, :]
-    state = tl.load(p_state + here, mask=m_qr, other=0.0).to(DTYPE)
+    o_state = row * s_state[0] + o_q[:, None] * s_state[1] + o_r[None, :] * s_state[2]
+    state = tl.load(p_state + o_state, mask=m_qr, other=0.0).to(DTYPE)
     grad_state = tl.zeros((b_Q, b_R), dtype=DTYPE)
     for start in range(0, T, b_T):
         o_t = (start + tl.arange(0, b_T)).to(tl.int64)
         m_t = o_t < T
         m_tq = m_t[:, None] & m_q[None, :]
         m_tr = m_t[:, None] & m_r[None, :]
-        grad_read = tl.load(p_grad_read + (row * T + o_t[:, None]) * Q + o_q[None, :], mask=m_tq, other=0.0)
-        low = tl.load(p_low + (row * T + o_t[:, None]) * R + o_r[None, :], mask=m_tr, other=0.0)
-        grad_low = tl.dot(grad_read, state, input_precision="ieee", out_dtype=DTYPE)
+        grad_read = tl.load(p_grad_read + (row * T + o_t[:, None]) * Q + o_q[None, :], mask=m_tq, other=0.0).to(DTYPE)
+        low = tl.load(p_low + (row * T + o_t[:, None]) * R + o_r[None, :], mask=m_tr, other=0.0).to(DTYPE)
+        grad_low = dot(grad_read, state, DTYPE)
         tl.store(p_grad_low + (row * T + o_t[:, None]) * R + o_r[None, :], grad_low, mask=m_tr)
-        grad_state += tl.dot(tl.trans(grad_read), low, input_precision="ieee", out_dtype=DTYPE)
+        grad_state += dot(tl.trans(grad_read), low, DTYPE)
+    here = row * Q * R + o_q[:, None] * R + o_r[None, :]
     tl.store(p_grad_state + here, grad_state, mask=m_qr)
 
 
-def _block(length: int) -> int:
-    return max(MIN_BLOCK, triton.next_power_of_2(length))
+def _expand(
+    read: Tensor,
+    ups: list[Tensor],
+    bases: list[Tensor] | None,
+    outs: list[Tensor],
+    scales: list[float],
+    shape: str,
+) -> None:
+    """``out_i = base_i + scale_i * z_i A_i^T``; ``read [splits, linears, N, Q]``, ``bases`` and ``outs`` ``[N, out_i]``."""
+    splits, group, rows, queries = read.shape
+    config = blocks_for("delta_expand", outs[0].dtype, read.device, shape)
+    _, sums = accumulator(outs[0].dtype)
+    outers = tuple(up.shape[0] for up in ups)
+    blocks = sum(triton.cdiv(outer, config["b_O"]) for outer in outers)
+    under = outs if bases is None else bases
+    _expand_kernel[(triton.cdiv(rows, config["b_N"]), blocks)](
+        read,
+        tuple(up.contiguous() for up in ups),
+        tuple(under),
+        tuple(outs),
+        tuple(base.stride(0) for base in under),
+        tuple(out.stride(0) for out in outs),
+        outers,
+        rows,
+        queries,
+        splits,
+        # A constant of the compilation: as an argument it would be a float32.
+        SCALES=tuple(scales),
+        N_GROUP=group,
+        HAS_BASE=bases is not None,
+        b_Q=block(queries),
+        DTYPE=sums,
+        UPCAST=upcast_dots(*outs),
+        **config,
+    )
 
 
-class _Delta(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, scale: float) -> Tensor:
-        batch, tokens, inner = hidden.shape
-        (rank, _), (outer, queries) = down.shape, up.shape
-        hidden, down, state, up = (operand.contiguous() for operand in (hidden, down, state, up))
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        dtype = tl.float64 if accumulate == torch.float64 else tl.float32
-        low = hidden.new_empty(batch, tokens, rank, dtype=accumulate)
-        read = hidden.new_empty(batch, tokens, queries, dtype=accumulate)
-        out = hidden.new_empty(batch, tokens, outer)
-        b_q, b_r = _block(queries), _block(rank)
-        _read_kernel[(batch, triton.cdiv(tokens, BLOCK_T))](
-            hidden, down, state, low, read, tokens, inner, queries, rank,
-            b_T=BLOCK_T, b_I=BLOCK_IN, b_Q=b_q, b_R=b_r, DTYPE=dtype,
-        )  # fmt: skip
-        rows = batch * tokens
-        _expand_kernel[(triton.cdiv(rows, BLOCK_T), triton.cdiv(outer, BLOCK_OUT))](
-            read, up, out, scale, rows, outer, queries, b_T=BLOCK_T, b_O=BLOCK_OUT, b_Q=b_q, DTYPE=dtype,
-        )  # fmt: skip
-        ctx.save_for_backward(hidden, down, state, up, low, read)
-        ctx.settings = (scale, b_q, b_r, dtype)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, down, state, up, low, read = ctx.saved_tensors
-        scale, b_q, b_r, dtype = ctx.settings
-        batch, tokens, inner = hidden.shape
-        (rank, _), (outer, queries) = down.shape, up.shape
-        grad = grads[0].to(low.dtype)
-        grad_read = (scale * torch.matmul(grad, up.to(low.dtype))).contiguous()
-        grad_low = torch.empty_like(low)
-        grad_state = low.new_empty(batch, queries, rank)
-        _state_kernel[(batch,)](
-            grad_read, low, state, grad_low, grad_state, tokens, queries, rank,
-            b_T=BLOCK_T, b_Q=b_q, b_R=b_r, DTYPE=dtype,
-        )  # fmt: skip
-        grad_hidden = torch.matmul(grad_low, down.to(low.dtype))
-        grad_down = grad_low.reshape(-1, rank).mT @ hidden.reshape(-1, inner).to(low.dtype)
-        grad_up = scale * (grad.reshape(-1, outer).mT @ read.reshape(-1, queries))
-        return (
-            grad_hidden.to(hidden.dtype),
-            grad_down.to(down.dtype),
-            grad_state.to(state.dtype),
-            grad_up.to(up.dtype),
-            None,
-        )
+@torch.library.custom_op("peft_pte::delta_forward", mutates_args=())
+def _forward(
+    hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, onto: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and what the backward pass needs: ``h [B, T, R]`` and ``z [B, T, Q]``."""
+    batch, tokens, inner = hidden.shape
+    (rank, _), (outer, queries) = down.shape, up.shape
+    hidden = hidden if hidden.stride(-1) == 1 or inner == 1 else hidden.contiguous()
+    _, sums = accumulator(hidden.dtype)
+    low = hidden.new_empty(batch, tokens, rank)
+    read = hidden.new_empty(batch, tokens, queries)
+    out = (hidden if onto is None else onto).new_empty(batch, tokens, outer)
+    config = blocks_for("delta_read", hidden.dtype, hidden.device)
+    _read_kernel[(batch, triton.cdiv(tokens, config["b_T"]))](
+        hidden,
+        down.contiguous(),
+        state,
+        low,
+        read,
+        hidden.stride()[:2],
+        state.stride(),
+        tokens,
+        inner,
+        queries,
+        rank,
+        b_Q=block(queries),
+        b_R=block(rank),
+        DTYPE=sums,
+        UPCAST=upcast_dots(hidden),
+        **config,
+    )
+    rows = batch * tokens
+    base = None if onto is None else [onto.reshape(rows, outer).contiguous()]
+    flat = (read.view(1, 1, rows, queries), [up], base, [out.view(rows, outer)])
+    _expand(*flat, [scale], "segment")
+    return out, low, read
 
 
-def delta_triton(hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, scale: float) -> Tensor:
+@_forward.register_fake
+def _(
+    hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, onto: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = hidden.shape[:2]
+    out = (hidden if onto is None else onto).new_empty(*shape, up.shape[0])
+    return out, hidden.new_empty(*shape, down.shape[0]), hidden.new_empty(*shape, up.shape[1])
+
+
+@torch.library.custom_op("peft_pte::delta_state_backward", mutates_args=())
+def _state_backward(grad_read: Tensor, low: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, rank = low.shape
+    queries = state.shape[1]
+    grad_low, grad_state = low.new_empty(low.shape), state.new_empty(state.shape)
+    _state_kernel[(batch,)](
+        grad_read.contiguous(),
+        low.contiguous(),
+        state,
+        grad_low,
+        grad_state,
+        state.stride(),
+        tokens,
+        queries,
+        rank,
+        b_Q=block(queries),
+        b_R=block(rank),
+        DTYPE=accumulator(low.dtype)[1],
+        **blocks_for("delta_state", low.dtype, low.device),
+    )
+    return grad_low, grad_state
+
+
+@_state_backward.register_fake
+def _(grad_read: Tensor, low: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    return low.new_empty(low.shape), state.new_empty(state.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, down, state, up, onto, scale = inputs
+    ctx.save_for_backward(hidden, down, state, up, *output[1:])
+    ctx.scale, ctx.onto = scale, None if onto is None else onto.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, down, state, up, low, read = ctx.saved_tensors
+    grad_onto = None if ctx.onto is None else grad.to(ctx.onto)
+    grad = grad.to(hidden.dtype)
+    grad_low, grad_state = _state_backward(torch.matmul(grad, up.to(grad.dtype)) * ctx.scale, low, state)
+    grad_hidden = torch.matmul(grad_low, down.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+    grad_down = grad_low.flatten(end_dim=1).mT @ hidden.flatten(end_dim=1) if ctx.needs_input_grad[1] else None
+    grad_up = (grad.flatten(end_dim=1).mT @ read.flatten(end_dim=1)) * ctx.scale if ctx.needs_input_grad[3] else None
+    return (
+        grad_hidden,
+        None if grad_down is None else grad_down.to(down.dtype),
+        grad_state,
+        None if grad_up is None else grad_up.to(up.dtype),
+        grad_onto,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("peft_pte::delta_group_", mutates_args=("bases",))
+def _group(
+    bases: list[Tensor],
+    hidden: Tensor,
+    down: Tensor,
+    state: Tensor,
+    ups: list[Tensor],
+    scales: list[float],
+    ranks: list[int],
+) -> None:
+    batch, tokens, inner = hidden.shape
+    rows, queries, group = batch * tokens, state.shape[1], len(ups)
+    hidden = hidden if hidden.stride(-1) == 1 or inner == 1 else hidden.contiguous()
+    dtype, sums = accumulator(down.dtype)
+    config = blocks_for("delta_group_read", down.dtype, hidden.device)
+    row_blocks = triton.cdiv(rows, config["b_N"])
+    # Enough programs for the device, each with at least four steps along `x`.
+    wanted = triton.cdiv(2 * multiprocessors(hidden.device), row_blocks * group)
+    steps = triton.cdiv(inner, config["b_I"])
+    per_split = triton.cdiv(steps, max(1, min(wanted, steps // 4, MOST_SPLITS))) * config["b_I"]
+    splits = triton.cdiv(inner, per_split)
+    read = hidden.new_empty(splits, group, rows, queries, dtype=dtype)
+    _group_read_kernel[(row_blocks, splits, group)](
+        hidden,
+        down.contiguous(),
+        state,
+        read,
+        hidden.stride()[:2],
+        state.stride(),
+        tuple(ranks),
+        rows,
+        tokens,
+        inner,
+        per_split,
+        queries,
+        N_GROUP=group,
+        b_Q=block(queries),
+        b_R=block(max(ranks)),
+        DTYPE=sums,
+        UPCAST=upcast_dots(down),
+        **config,
+    )
+    for same in {base.dtype for base in bases}:
+        # One launch, unless the linears give different dtypes.
+        where = [index for index, base in enumerate(bases) if base.dtype == same]
+        outs = [bases[index] for index in where]
+        chosen = read if len(where) == group else read[:, where]
+        _expand(chosen, [ups[index] for index in where], outs, outs, [scales[index] for index in where], "decode")
+
+
+@_group.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def delta_triton(hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, onto: Tensor | None, scale: float) -> Tensor:
     """``[B, T, out]``; arguments as in :func:`peft_pte.ops.delta.api.delta`."""
-    # tl.dot multiplies equals: the adapters follow the dtype of what they read.
-    result: Tensor = _Delta.apply(hidden, down.to(hidden.dtype), state, up.to(hidden.dtype), scale)
+    result: Tensor = _forward(hidden, down, state, up, onto, scale)[0]
     return result
+
+
+def delta_group_triton(
+    bases: list[Tensor],
+    hidden: Tensor,
+    down: Tensor,
+    state: Tensor,
+    ups: list[Tensor],
+    scales: list[float],
+    ranks: list[int],
+) -> None:
+    """Adds to ``bases [B * T, out_i]``; arguments as in :func:`peft_pte.ops.delta.api.delta_group_`."""
+    _group(bases, hidden, down, state, ups, scales, ranks)

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def encode_reference(
@@ -21,8 +20,8 @@ def encode_reference(
     attention: str,
 ) -> Tensor:
     """``S [B, Q, R]`` after the eviction; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
-    projected_keys = functional.linear(keys, key_projection)
-    projected_values = functional.linear(values, value_projection)
+    projected_keys = torch.matmul(keys, key_projection.mT)
+    projected_values = torch.matmul(values, value_projection.mT)
     scores = torch.matmul(query, projected_keys.mT) / math.sqrt(query.shape[-1])
     weights = _masked_softmax(scores, valid) if attention == "softmax" else _masked_mean(scores, valid)
     return normalize_rows(state + gain * torch.matmul(weights, projected_values))
@@ -38,14 +37,14 @@ def normalize_rows(state: Tensor) -> Tensor:
 def _masked_mean(scores: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return scores / scores.shape[-1]
-    mask = valid[:, None, :]
+    mask = valid[..., None, :]
     return torch.where(mask, scores, 0.0) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _masked_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return scores.softmax(dim=-1)
-    mask = valid[:, None, :]
+    mask = valid[..., None, :]
     # A row without any valid token has no softmax; its weights are zero, not 0 / 0.
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return torch.where(mask, weights, 0.0)

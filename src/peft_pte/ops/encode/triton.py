@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_E = 32
-BLOCK_D = 64
-# tl.dot wants at least 16 along every axis.
-MIN_BLOCK = 16
+from ..kernels import accumulator, block, dot, row_of_bytes
+from ..tuning import blocks_for
 
 
 @triton.jit
@@ -37,12 +35,12 @@ def _forward_kernel(
     p_lse,
     p_k,
     p_v,
-    gain,
-    root,
     E,
     Q,
     R,
     D,
+    GAIN: tl.constexpr,
+    ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
     b_E: tl.constexpr,
@@ -75,12 +73,12 @@ def _forward_kernel(
             values = tl.load(p_values + wide, mask=m_ed, other=0.0)
             wk = tl.load(p_wk + o_r[None, :] * D + o_d[:, None], mask=m_dr, other=0.0)
             wv = tl.load(p_wv + o_r[None, :] * D + o_d[:, None], mask=m_dr, other=0.0)
-            rows_k += tl.dot(keys, wk, input_precision="ieee", out_dtype=DTYPE)
-            rows_v += tl.dot(values, wv, input_precision="ieee", out_dtype=DTYPE)
+            rows_k += dot(keys, wk, DTYPE)
+            rows_v += dot(values, wv, DTYPE)
         narrow = (row * E + o_e[:, None]) * R + o_r[None, :]
         tl.store(p_k + narrow, rows_k, mask=m_e[:, None] & m_r[None, :])
         tl.store(p_v + narrow, rows_v, mask=m_e[:, None] & m_r[None, :])
-        scores = tl.dot(query, tl.trans(rows_k), input_precision="ieee", out_dtype=DTYPE) / root
+        scores = dot(query, tl.trans(rows_k), DTYPE) / ROOT
         m_valid = m_e
         if HAS_VALID:
             m_valid = m_e & (tl.load(p_valid + row * E + o_e, mask=m_e, other=0) != 0)
@@ -96,7 +94,7 @@ def _forward_kernel(
             peak = higher
         else:
             weights = tl.where(m_valid[None, :], scores, 0.0)
-        update += tl.dot(weights.to(DTYPE), rows_v, input_precision="ieee", out_dtype=DTYPE)
+        update += dot(weights.to(DTYPE), rows_v, DTYPE)
     if SOFTMAX:
         some = tl.where(total > 0, total, 1.0)
         update = update / some[:, None]
@@ -105,7 +103,7 @@ def _forward_kernel(
     else:
         update = update * tl.load(p_share + row)
     here = row * Q * R + o_q[:, None] * R + o_r[None, :]
-    state = tl.load(p_state + here, mask=m_qr, other=0.0) + gain * update
+    state = tl.load(p_state + here, mask=m_qr, other=0.0) + GAIN * update
     square = tl.sum(state * state, axis=1)
     norm = tl.sqrt(tl.where(square > 0, square, 1.0))
     tl.store(p_out + here, (state / norm[:, None]).to(DTYPE), mask=m_qr)
@@ -129,11 +127,11 @@ def _backward_kernel(
     p_grad_query,
     p_grad_k,
     p_grad_v,
-    gain,
-    root,
     E,
     Q,
     R,
+    GAIN: tl.constexpr,
+    ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
     b_E: tl.constexpr,
@@ -155,7 +153,7 @@ def _backward_kernel(
     # A zero row was not divided by its norm, so it passes its gradient on; `out` is zero there, and that says so.
     grad_sum = (grad - out * tl.sum(grad * out, axis=1)[:, None]) / norm[:, None]
     tl.store(p_grad_state + here, grad_sum.to(DTYPE), mask=m_qr)
-    grad_update = (gain * grad_sum).to(DTYPE)
+    grad_update = (GAIN * grad_sum).to(DTYPE)
     grad_query = tl.zeros((b_Q, b_R), dtype=DTYPE)
     share = 1.0
     if SOFTMAX:
@@ -173,8 +171,8 @@ def _backward_kernel(
         m_valid = m_e
         if HAS_VALID:
             m_valid = m_e & (tl.load(p_valid + row * E + o_e, mask=m_e, other=0) != 0)
-        scores = tl.dot(query, tl.trans(rows_k), input_precision="ieee", out_dtype=DTYPE) / root
-        grad_weights = tl.dot(grad_update, tl.trans(rows_v), input_precision="ieee", out_dtype=DTYPE)
+        scores = dot(query, tl.trans(rows_k), DTYPE) / ROOT
+        grad_weights = dot(grad_update, tl.trans(rows_v), DTYPE)
         if SOFTMAX:
             scores = tl.where(m_valid[None, :], scores, float("-inf"))
             weights = tl.exp(scores - lse[:, None])
@@ -183,126 +181,167 @@ def _backward_kernel(
             weights = tl.where(m_valid[None, :], scores, 0.0) * share
             grad_scores = tl.where(m_valid[None, :], grad_weights, 0.0) * share
         weights = weights.to(DTYPE)
-        grad_scores = (grad_scores / root).to(DTYPE)
-        grad_v = tl.dot(tl.trans(weights), grad_update, input_precision="ieee", out_dtype=DTYPE)
-        grad_k = tl.dot(tl.trans(grad_scores), query, input_precision="ieee", out_dtype=DTYPE)
+        grad_scores = (grad_scores / ROOT).to(DTYPE)
+        grad_v = dot(tl.trans(weights), grad_update, DTYPE)
+        grad_k = dot(tl.trans(grad_scores), query, DTYPE)
         tl.store(p_grad_v + narrow, grad_v, mask=m_er)
         tl.store(p_grad_k + narrow, grad_k, mask=m_er)
-        grad_query += tl.dot(grad_scores, rows_k, input_precision="ieee", out_dtype=DTYPE)
+        grad_query += dot(grad_scores, rows_k, DTYPE)
     tl.store(p_grad_query + here, grad_query, mask=m_qr)
 
 
-def _block(length: int) -> int:
-    return max(MIN_BLOCK, triton.next_power_of_2(length))
+@torch.library.custom_op("peft_pte::encode_forward", mutates_args=())
+def _forward(
+    state: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor,
+    valid: Tensor | None,
+    gain: float,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The state after the eviction, and what the backward pass needs."""
+    batch, evicted, width = keys.shape
+    queries, rank = query.shape
+    out, update = state.new_empty(state.shape), state.new_empty(state.shape)
+    norm, lse = state.new_empty(batch, queries), state.new_empty(batch, queries)
+    projected_keys, projected_values = (state.new_empty(batch, evicted, rank) for _ in range(2))
+    count = state.new_full((batch,), evicted) if valid is None else valid.sum(dim=-1).clamp(min=1).to(state.dtype)
+    share = count.reciprocal()
+    mask = None if valid is None else row_of_bytes(valid.contiguous())
+    _forward_kernel[(batch,)](
+        state.contiguous(),
+        query.contiguous(),
+        keys.contiguous(),
+        values.contiguous(),
+        key_projection.contiguous(),
+        value_projection.contiguous(),
+        mask,
+        share,
+        out,
+        norm,
+        update,
+        lse,
+        projected_keys,
+        projected_values,
+        evicted,
+        queries,
+        rank,
+        width,
+        HAS_VALID=mask is not None,
+        **_constants(state, queries, rank, gain, softmax),
+        **blocks_for("encode", state.dtype, state.device),
+    )
+    return out, norm, update, lse, projected_keys, projected_values, share
 
 
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        state: Tensor,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        key_projection: Tensor,
-        value_projection: Tensor,
-        valid: Tensor | None,
-        gain: float,
-        softmax: bool,
-    ) -> Tensor:
-        batch, evicted, width = keys.shape
-        queries, rank = query.shape
-        state, query, keys, values = (operand.contiguous() for operand in (state, query, keys, values))
-        key_projection, value_projection = key_projection.contiguous(), value_projection.contiguous()
-        out, update = torch.empty_like(state), torch.empty_like(state)
-        norm, lse = state.new_empty(batch, queries), state.new_empty(batch, queries)
-        projected_keys, projected_values = (state.new_empty(batch, evicted, rank) for _ in range(2))
-        mask = None if valid is None else valid.to(torch.uint8).contiguous()
-        count = state.new_full((batch,), evicted) if valid is None else valid.sum(dim=-1).clamp(min=1).to(state.dtype)
-        share = count.reciprocal()
-        root = math.sqrt(rank)
-        dtype = tl.float64 if state.dtype == torch.float64 else tl.float32
-        blocks = {"b_E": BLOCK_E, "b_Q": _block(queries), "b_R": _block(rank), "DTYPE": dtype}
-        _forward_kernel[(batch,)](
-            state,
-            query,
-            keys,
-            values,
-            key_projection,
-            value_projection,
-            mask,
-            share,
-            out,
-            norm,
-            update,
-            lse,
-            projected_keys,
-            projected_values,
-            gain,
-            root,
-            evicted,
-            queries,
-            rank,
-            width,
-            HAS_VALID=mask is not None,
-            SOFTMAX=softmax,
-            b_D=BLOCK_D,
-            **blocks,
-        )
-        ctx.save_for_backward(
-            out, norm, update, lse, query, projected_keys, projected_values, mask, share,
-            keys, values, key_projection, value_projection,
-        )  # fmt: skip
-        ctx.settings = (gain, root, softmax, blocks)
-        return out
+@_forward.register_fake
+def _(
+    state: Tensor, query: Tensor, keys: Tensor, *args: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, queries, rank = state.shape
+    narrow = (batch, keys.shape[1], rank)
+    rows, rows_v = state.new_empty(batch, queries), state.new_empty(narrow)
+    out, update = state.new_empty(state.shape), state.new_empty(state.shape)
+    return out, rows, update, torch.empty_like(rows), rows_v, torch.empty_like(rows_v), state.new_empty(batch)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            out, norm, update, lse, query, projected_keys, projected_values, mask, share,
-            keys, values, key_projection, value_projection,
-        ) = ctx.saved_tensors  # fmt: skip
-        gain, root, softmax, blocks = ctx.settings
-        grad = grads[0].contiguous()
-        batch, evicted, rank = projected_keys.shape
-        grad_state, grad_query = torch.empty_like(out), torch.empty_like(out)
-        grad_k, grad_v = torch.empty_like(projected_keys), torch.empty_like(projected_values)
-        _backward_kernel[(batch,)](
-            grad,
-            out,
-            norm,
-            update,
-            lse,
-            query,
-            projected_keys,
-            projected_values,
-            mask,
-            share,
-            grad_state,
-            grad_query,
-            grad_k,
-            grad_v,
-            gain,
-            root,
-            evicted,
-            query.shape[0],
-            rank,
-            HAS_VALID=mask is not None,
-            SOFTMAX=softmax,
-            **blocks,
-        )
-        wide = (batch * evicted, -1)
-        return (
-            grad_state,
-            grad_query.sum(dim=0),
-            torch.matmul(grad_k, key_projection),
-            torch.matmul(grad_v, value_projection),
-            grad_k.reshape(wide).mT @ keys.reshape(wide),
-            grad_v.reshape(wide).mT @ values.reshape(wide),
-            None,
-            None,
-            None,
-        )
+
+@torch.library.custom_op("peft_pte::encode_backward", mutates_args=())
+def _backward_of_rows(
+    grad: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    update: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    projected_keys: Tensor,
+    projected_values: Tensor,
+    valid: Tensor | None,
+    share: Tensor,
+    gain: float,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the old state, of the query by row ``[B, Q, R]``, and of the projected rows ``[B, E, R]``."""
+    batch, evicted, rank = projected_keys.shape
+    queries = query.shape[0]
+    grad_state, grad_query = (out.new_empty(out.shape) for _ in range(2))
+    grad_k, grad_v = (out.new_empty(batch, evicted, rank) for _ in range(2))
+    mask = None if valid is None else row_of_bytes(valid.contiguous())
+    _backward_kernel[(batch,)](
+        grad.contiguous(),
+        out,
+        norm,
+        update,
+        lse,
+        query.contiguous(),
+        projected_keys,
+        projected_values,
+        mask,
+        share,
+        grad_state,
+        grad_query,
+        grad_k,
+        grad_v,
+        evicted,
+        queries,
+        rank,
+        HAS_VALID=mask is not None,
+        **_constants(out, queries, rank, gain, softmax),
+        **blocks_for("encode_backward", out.dtype, out.device),
+    )
+    return grad_state, grad_query, grad_k, grad_v
+
+
+@_backward_of_rows.register_fake
+def _(
+    grad: Tensor, out: Tensor, norm: Tensor, update: Tensor, lse: Tensor, query: Tensor, projected: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    narrow = [out.new_empty(projected.shape) for _ in range(2)]
+    return out.new_empty(out.shape), out.new_empty(out.shape), narrow[0], narrow[1]
+
+
+def _constants(state: Tensor, queries: int, rank: int, gain: float, softmax: bool) -> dict[str, Any]:
+    # Numbers are constants of the compilation: as arguments they would be float32.
+    return {
+        "GAIN": gain,
+        "ROOT": math.sqrt(rank),
+        "SOFTMAX": softmax,
+        "b_Q": block(queries),
+        "b_R": block(rank),
+        "DTYPE": accumulator(state.dtype)[1],
+    }
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, query, keys, values, key_projection, value_projection, valid, gain, softmax = inputs
+    ctx.save_for_backward(*output, query, keys, values, key_projection, value_projection, valid)
+    ctx.settings = (gain, softmax)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (
+        out, norm, update, lse, projected_keys, projected_values, share,
+        query, keys, values, key_projection, value_projection, valid,
+    ) = ctx.saved_tensors  # fmt: skip
+    rows = (out, norm, update, lse, query, projected_keys, projected_values, valid, share)
+    grad_state, grad_query, grad_k, grad_v = _backward_of_rows(grad, *rows, *ctx.settings)
+    return (
+        grad_state,
+        grad_query.sum(dim=0),
+        torch.matmul(grad_k, key_projection),
+        torch.matmul(grad_v, value_projection),
+        grad_k.flatten(end_dim=1).mT @ keys.flatten(end_dim=1),
+        grad_v.flatten(end_dim=1).mT @ values.flatten(end_dim=1),
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def encode_triton(
@@ -317,7 +356,6 @@ def encode_triton(
     attention: str,
 ) -> Tensor:
     """``S [B, Q, R]`` after the eviction; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
-    result: Tensor = _Encode.apply(
-        state, query, keys, values, key_projection, value_projection, valid, gain, attention == "softmax"
-    )
+    operands = (state, query, keys, values, key_projection, value_projection, valid)
+    result: Tensor = _forward(*operands, gain, attention == "softmax")[0]
     return result

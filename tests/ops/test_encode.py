@@ -1,19 +1,13 @@
-"""Both implementations against a float64 oracle: outputs and every gradient, odd sizes, padding."""
+"""The update of the state against a float64 oracle: outputs and every gradient, odd sizes, padding."""
 
 import pytest
 import torch
 
 from peft_pte.ops import delta, encode, resolve_impl
+from tests.ops.common import DEVICE, IMPLEMENTATIONS, assert_matches
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Largest error seen, of the largest entry, over all cases below: float32 4e-7 (1.2e-6 under sums of 1000 tokens), bfloat16
-# 6e-3, float16 8e-4.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # (B, E, D, Q, R)
-ENCODE_SIZES = [(1, 1, 16, 1, 1), (2, 63, 24, 5, 6), (3, 7, 100, 32, 32), (2, 32, 64, 16, 16), (1, 1000, 33, 3, 17)]
-# (B, T, in, out, Q, R)
-DELTA_SIZES = [(1, 1, 16, 16, 1, 1), (3, 1, 33, 20, 4, 6), (2, 63, 70, 100, 32, 8), (1, 1000, 24, 17, 5, 32)]
-IMPLEMENTATIONS = ["reference", "triton"]
+SIZES = [(1, 1, 16, 1, 1), (2, 63, 24, 5, 6), (3, 7, 100, 32, 32), (2, 32, 64, 16, 16), (1, 1000, 33, 3, 17)]
 
 
 def oracle_encode(state, query, keys, values, key_projection, value_projection, valid, gain, attention):
@@ -34,34 +28,10 @@ def oracle_encode(state, query, keys, values, key_projection, value_projection, 
     return torch.stack(rows)
 
 
-def oracle_delta(hidden, down, state, up, scale):
-    return torch.stack([x @ (scale * up @ s @ down).T for x, s in zip(hidden, state, strict=True)])
-
-
-def assert_matches(function, oracle, operands, dtype):
-    """Outputs and gradients of ``function`` in ``dtype`` against ``oracle`` in float64."""
-    exact = [operand.to(dtype).double().requires_grad_() for operand in operands]
-    given = [operand.detach().to(dtype).requires_grad_() for operand in exact]
-    expected, actual = oracle(*exact), function(*given)
-    upstream = torch.randn_like(expected).to(actual.dtype)
-    pairs = [(actual, expected)]
-    pairs += zip(
-        torch.autograd.grad(actual, given, upstream),
-        torch.autograd.grad(expected, exact, upstream.double(), materialize_grads=True),
-        strict=True,
-    )
-    for index, (found, wanted) in enumerate(pairs):
-        assert found.isfinite().all()
-        # With a floor, for gradients that are exactly zero (a state of one column is normalised to +-1).
-        largest = max(wanted.abs().max().item(), 0.1)
-        error = (found.double() - wanted).abs().max().item() / largest
-        assert error < TOLERANCE[dtype], f"operand {index - 1}: {error:.1e}"
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("attention", ["linear", "softmax"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("size", ENCODE_SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_encode(impl, size, dtype, attention, padded):
     batch, evicted, width, queries, rank = size
@@ -107,37 +77,6 @@ def test_encode_computes_in_float32_under_autocast(impl):
     expected = encode(*operands, impl=impl)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(encode(*operands, impl=impl), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", DELTA_SIZES, ids=str)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_delta(impl, size, dtype):
-    if impl == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter has no bfloat16 matrix product")
-    batch, tokens, inner, outer, queries, rank = size
-    operands = [
-        torch.randn(batch, tokens, inner, dtype=torch.float64) / inner**0.5,
-        torch.randn(rank, inner, dtype=torch.float64),
-        torch.randn(batch, queries, rank, dtype=torch.float64) / rank**0.5,
-        torch.randn(outer, queries, dtype=torch.float64) / queries**0.5,
-    ]
-    assert_matches(
-        lambda *args: delta(*args, scale=1.7, impl=impl),
-        lambda *args: oracle_delta(*args, 1.7),
-        [operand.to(DEVICE) for operand in operands],
-        dtype,
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_triton_in_half_precision_on_a_gpu(dtype):
-    operands = [torch.randn(*shape, device="cuda") for shape in ((4, 100, 512), (32, 512), (4, 32, 32), (1024, 32))]
-    operands = [operand / operand.shape[-1] ** 0.5 for operand in operands]
-    assert_matches(
-        lambda *args: delta(*args, scale=2.0, impl="triton"), lambda *args: oracle_delta(*args, 2.0), operands, dtype
-    )
 
 
 def test_auto_is_resolved_and_visible():

@@ -1,0 +1,138 @@
+"""One step of decoding on a :class:`StaticPTECache`: what happens between two forward passes, and what inside.
+
+Between: the window makes room, what left is encoded, the next slot is announced, the mask is made. Inside, nothing but the
+model's own layers, which write to the announced slot and read the published states. The inside can be traced as one graph
+that is the same for every step; the between depends on Python's count of thoughts and never on a value of a tensor, so it
+waits for no device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import check_cache
+from .layout import Layout
+from .ops import compress_
+from .state import Reading, bind
+from .static_cache import Leaving, StaticPTECache
+
+if TYPE_CHECKING:
+    from .seam import Seam
+
+
+class StaticReader:
+    """Gives each layer's adapters the states that were published."""
+
+    def __init__(self, cache: StaticPTECache) -> None:
+        self.states, self.batch = cache.read_states, cache.batch
+
+    def __call__(self, layer_index: int) -> Reading:
+        """The states of a layer."""
+        return Reading(self.states[layer_index], self.batch, 1)
+
+
+def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor, valid: Tensor | None) -> None:
+    """Make the cache ready for one more thought: ``positions [B, 1]``, ``valid [B, 1]`` or ``None``."""
+    if cache.written == 0:
+        for index in seam.encoded_layers:
+            encoder = seam.encoder(index)
+            value = cache.state.layers[index].value
+            if value is None:
+                value = encoder.initial_state(adapter).expand(positions.shape[0], -1, -1)
+            cache.publish(index, value, seam.adapter_dtype(index, adapter))
+    elif cache.room == 0:
+        _evict(seam, adapter, cache)
+    cache.record(positions, valid)
+
+
+def _evict(seam: Seam, adapter: str, cache: StaticPTECache) -> None:
+    by_device: dict[torch.device, list[int]] = {}
+    for index in seam.encoded_layers:
+        by_device.setdefault(cache.device_of(index), []).append(index)
+    leaving = cache.leaving()
+    for indices in by_device.values():
+        if not _compress(seam, adapter, cache, leaving, tuple(indices)):
+            for index in indices:
+                value = cache.value_of(index)
+                cache.publish(index, seam.encoder(index)(adapter, value, cache.evicted(index, leaving)), value.dtype)
+    cache.release(leaving)
+
+
+def _compress(seam: Seam, adapter: str, cache: StaticPTECache, leaving: Leaving, indices: tuple[int, ...]) -> bool:
+    """Encode what leaves all of the layers in one launch, where the kernel was asked for and can; whether it was."""
+    encoders = [seam.encoder(index) for index in indices]
+    settings = encoders[0].settings[adapter]
+    block = cache.block_of(indices)
+    rotations = {encoder.applied_rotation(adapter) for encoder in encoders}
+    rotation = next(iter(rotations))
+    if (
+        settings.impl != "triton"
+        or block is None
+        or settings.state_update != "progressive"
+        or any(encoder.settings[adapter] != settings for encoder in encoders)
+        or len(rotations) > 1
+        or (rotation is not None and rotation.style is None)
+    ):
+        return False
+    state = cache.stack_states(indices)
+    there = state.device
+    cos, sin = (None, None)
+    if rotation is not None:
+        cos, sin = rotation.inverse_cos_sin(leaving.positions[:, 0].to(there), state.dtype)
+    query, key_projection, value_projection = (
+        torch.stack(parts) for parts in zip(*(encoder.projections(adapter) for encoder in encoders), strict=True)
+    )
+    compress_(
+        state,
+        block.keys,
+        block.values,
+        leaving.slots.to(there),
+        query,
+        key_projection,
+        value_projection,
+        cos,
+        sin,
+        None if leaving.valid is None else leaving.valid[:, 0].to(there),
+        gain=settings.gain,
+        attention=settings.attention,
+        rotary_style=(rotation.style if rotation is not None else None) or "half",
+        impl=settings.impl,
+    )
+    for place, index in enumerate(indices):
+        cache.read_states[index].copy_(state[place])
+    return True
+
+
+def prepare(
+    seam: Seam, cache: StaticPTECache, positions: Tensor | None, attention_mask: Tensor | None, like: Tensor
+) -> Any:
+    """What ``generate`` is to pass as ``attention_mask``, before every forward pass on tokens ``like [B, T, ...]``.
+
+    For a thought the cache is made ready and the mask is over its slots; the prompt goes as it is.
+
+    Raises:
+        ValueError: The cache is of another adapter, or none is active.
+    """
+    batch, length = like.shape[:2]
+    if length != 1 or cache.prompt_length is None or cache.missing_prompt:
+        return attention_mask
+    adapter = seam.require_adapter()
+    check_cache(cache, seam.config(adapter), adapter)
+    valid = None if attention_mask is None else attention_mask[:, -1:].bool()
+    if positions is None:
+        seen = torch.full((batch, 1), cache.get_seq_length(), device=like.device)
+        positions = seen if cache.padding is None else seen - cache.padding[:, None]
+    positions = positions.expand(batch, 1)
+    evictions = cache.evictions
+    announce(seam, adapter, cache, positions, valid)
+    seam.observe(cache, Layout(1, 1), evicted=cache.evictions > evictions)
+    return seam.attention_mask(cache, positions, valid, None, evictions=0, prepared=True)
+
+
+def step(seam: Seam, cache: StaticPTECache, *args: Any, **kwargs: Any) -> Any:
+    """The backbone's forward after :func:`announce`; traced as it stands."""
+    with bind(StaticReader(cache)):
+        return seam.inner(*args, **kwargs)

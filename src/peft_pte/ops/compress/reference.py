@@ -1,0 +1,69 @@
+"""The thought states after an eviction in plain torch, all layers at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..encode.reference import encode_reference
+
+# Layers are taken together up to this many bytes of gathered keys, so that an eviction needs no second cache.
+_GATHER_BYTES = 256 * 2**20
+
+
+def compress_reference(
+    state: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    query: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    valid: Tensor | None,
+    gain: float,
+    attention: str,
+    rotary_style: str,
+) -> None:
+    """Overwrites ``state``; arguments as in :func:`peft_pte.ops.compress.api.compress_`."""
+    layers, batch, heads, _, head_dim = keys.shape
+    layer_bytes = batch * heads * slots.shape[0] * head_dim * state.element_size()
+    together = max(1, min(layers, _GATHER_BYTES // max(1, layer_bytes)))
+    for first in range(0, layers, together):
+        part = slice(first, first + together)
+        rows_k, rows_v = (cached[part].index_select(3, slots).to(state.dtype) for cached in (keys, values))
+        if cos is not None and sin is not None:
+            rows_k = rotate(rows_k, cos[:, None].to(state.dtype), sin[:, None].to(state.dtype), rotary_style)
+        if valid is not None:
+            mask = valid[:, None, :, None]
+            rows_k, rows_v = torch.where(mask, rows_k, 0.0), torch.where(mask, rows_v, 0.0)
+        state[part] = encode_reference(
+            state[part],
+            query[part, None].to(state.dtype),
+            _flatten_heads(rows_k),
+            _flatten_heads(rows_v),
+            key_projection[part, None].to(state.dtype),
+            value_projection[part, None].to(state.dtype),
+            valid,
+            gain,
+            attention,
+        )
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
+    """The first ``cos.shape[-1]`` dimensions of ``heads [..., head_dim]`` turned: ``k * cos + turned(k) * sin``."""
+    rotary_dim = cos.shape[-1]
+    rotated, rest = heads[..., :rotary_dim], heads[..., rotary_dim:]
+    if style == "half":
+        first, second = rotated.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        first, second = rotated[..., ::2], rotated[..., 1::2]
+        turned = torch.stack([-second, first], dim=-1).flatten(start_dim=-2)
+    return torch.cat([rotated * cos + turned * sin, rest], dim=-1)
+
+
+def _flatten_heads(heads: Tensor) -> Tensor:
+    """``[..., G, E, head_dim] -> [..., E, D]``."""
+    return heads.transpose(-3, -2).flatten(start_dim=-2)

@@ -1,0 +1,202 @@
+"""The runner, its times and its tables, on rows that take no time; `--quick` end to end is slow."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compress, decode, delta, report, run, train
+from benchmarks.cases import shaped_base
+from benchmarks.machine import ceilings
+from benchmarks.session import Session, attempt
+from benchmarks.tables import insert
+from benchmarks.timing import Budget, Spread, compare
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str = "tiny"
+    batch: int = 1
+
+
+def session(seconds=60.0, peers=None):
+    limits = {"bytes_per_second": 1e10, "flop_per_second": 1e11}
+    return Session(CPU, torch.float32, True, Budget(seconds), limits, ("tiny",), peers)
+
+
+def test_a_spread_is_median_and_quartiles():
+    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="`seconds` must hold"):
+        Spread.of([])
+
+
+def test_repeats_end_with_the_budget_and_peers_take_turns():
+    calls = []
+    found = compare(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, CPU, repeats=9, warmup=1, budget=Budget(-1)
+    )
+    assert calls == ["a", "b", "a", "b"]
+    assert found["a"].repeats == 1
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no"), ImportError("no"), torch.OutOfMemoryError("no. more")])
+def test_what_a_peer_cannot_do_is_a_result(error):
+    def refuse():
+        raise error
+
+    row = attempt(Case(), "peer", refuse, session())
+    assert row["peer"] == "peer"
+    assert "no" in row["not_available"]
+
+
+def test_a_fault_is_raised_and_a_used_budget_is_said():
+    def fail():
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        attempt(Case(), "peer", fail, session())
+    assert attempt(Case(), "peer", fail, session(-1))["not_available"].startswith("skipped: 0 s left")
+    assert "about 99 s needed" in attempt(Case(), "peer", fail, session(60), expected=99)["not_available"]
+
+
+def test_ceilings_are_measured():
+    found = ceilings(CPU, torch.float32)
+    assert found["bytes_per_second"] > 1e8
+    assert found["flop_per_second"] > 1e8
+
+
+def small_decode(length=24, **fields):
+    return decode.DecodeCase("tiny", 2, length, window=8, prompt=4, rank=4, tokens=6, **fields)
+
+
+@pytest.mark.parametrize("peer", ["base_dynamic", "base_static", "lora", "pte"])
+def test_every_peer_decodes(peer):
+    case, given = small_decode(), session()
+    model = decode._PEERS[peer][1](shaped_base("tiny", CPU), case)
+    row = decode._measure_peer(given, model, peer, case)
+    assert row["seconds_per_token"] > 0
+    assert row["step_seconds"]["repeats"] >= 2
+    # Two goes of six tokens, of which every second evicts.
+    assert (row["eviction_seconds"] is not None) == (peer == "pte")
+
+
+def test_byte_floor_of_decoding():
+    base, case = shaped_base("tiny", CPU), small_decode()
+    weights = sum(weight.numel() for weight in base.parameters()) * 4
+    per_slot = 4 * 2 * 2 * 32 * 4
+    assert decode._floor_bytes(base, "base_dynamic", case) == weights + 2 * (4 + 24) * per_slot
+    assert decode._floor_bytes(base, "kvpress", case) == weights + 2 * (4 + 8 - 1) * per_slot
+
+
+def test_an_eviction_layer_by_layer_is_the_one_over_all_layers():
+    compression = pytest.importorskip("peft_pte.ops.compress")
+    assert compression
+    case = compress.CompressCase("tiny", batch=2, window=16, prompt=3, evict=4, rank=4)
+    operands = compress.Operands.draw(session(), case)
+    start = operands.state.clone()
+    compress._call("encode_reference", operands)()
+    expected = operands.state.clone()
+    operands.state.copy_(start)
+    compress._call("compress_reference", operands)()
+    torch.testing.assert_close(operands.state, expected)
+
+
+def test_the_grpo_loss_is_the_policy_gradient_on_policy():
+    log_probs = torch.randn(2, 5, requires_grad=True)
+    train.grpo_loss(log_probs).backward()
+    assert torch.equal(log_probs.grad, torch.tensor([[0.1] * 5, [-0.1] * 5]))
+
+
+def test_fields_that_a_version_lacks_are_said():
+    case = train.ScoringCase("tiny", 1, 8, 4, 4, 4)
+    with pytest.raises(NotImplementedError, match="`no_such_field`"):
+        train.pte_fields(case, no_such_field=True)
+
+
+def test_results_become_tables(tmp_path):
+    given = session(peers=("base_linear", "lora"))
+    source = {
+        "date": "2026-01-01",
+        "command": "c",
+        "commit": "abc",
+        "dirty": False,
+        "cpu": "x",
+        "cores": 2,
+        "gpu": None,
+    }
+    run.run_case("delta", given, {**source, "versions": {}}, tmp_path)
+    path = tmp_path / "delta-base_linear-lora.json"
+    content = json.loads(path.read_text())
+    assert content["schema"] == run.SCHEMA
+    assert len(content["rows"]) == 2 * len(delta.cases(given))
+    text = report.render(report.load([tmp_path]))
+    assert "| tiny | up_proj | 1 | 1 | 1.00 |" in text
+    assert "microseconds" not in text  # Times of a CPU are ratios.
+
+
+def test_peers_of_two_files_share_a_table(tmp_path):
+    source = {"date": "2026-01-01", "command": "c", "commit": None, "dirty": None, "cpu": "x", "cores": 2, "gpu": "G"}
+    for peer, seconds in (("base_dynamic", 0.01), ("kvpress", 0.02)):
+        row = {**small_decode().__dict__, "peer": peer, "seconds_per_token": seconds, "share_of_floor": 0.5}
+        limits = {"bytes_per_second": 1e12, "flop_per_second": 1e15}
+        content = {
+            "schema": 1,
+            "case": "decode",
+            "source": {**source, "versions": {}},
+            "device": "cuda",
+            "quick": False,
+        }
+        content |= {
+            "dtype": "bfloat16",
+            "ceilings": limits,
+            "rows": [row, {**row, "peer": "pte", "not_available": "why"}],
+        }
+        (tmp_path / f"{peer}.json").write_text(json.dumps(content))
+    text = report.render(report.load([tmp_path]))
+    assert "| tiny | 2 | 24 | 10.00 (50%) | 20.00 (50%) |" in text
+    assert "* pte (2 cases, the first tiny/2/24): why" in text
+    assert "1,000 GB/s" in text
+
+
+def test_committed_results_render_into_the_readmes():
+    results = report.load([ROOT / "benchmarks" / "results"])
+    for path, name in (("README.md", "performance"), ("benchmarks/README.md", "benchmarks")):
+        text = (ROOT / path).read_text()
+        assert insert(text, report.render(results, name == "performance"), name) == text, (
+            "run python -m benchmarks report"
+        )
+
+
+def run_module(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *words],
+        cwd=ROOT,
+        env={**os.environ, "PEFT_PTE_CHECK_SHAPES": "0", "TRITON_INTERPRET": "0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_missing_command_shows_the_usage():
+    done = run_module()
+    assert done.returncode == 1
+    assert "run,report" in done.stderr
+
+
+@pytest.mark.slow
+def test_quick_end_to_end(tmp_path):
+    done = run_module("run", "all", "--quick", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(run.DEFAULT_SET)
+    shown = run_module("report", "--results", str(tmp_path), "--stdout")
+    assert "relative to the base model" in shown.stdout

@@ -1,0 +1,178 @@
+"""The adapters' reading of the state against a float64 oracle: outputs and every gradient, alone and in groups."""
+
+import pytest
+import torch
+
+from peft_pte.ops import delta, delta_group_
+from tests.ops.common import DEVICE, IMPLEMENTATIONS, TOLERANCE, assert_matches
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# (B, T, in, out, Q, R)
+SIZES = [(1, 1, 16, 16, 1, 1), (3, 1, 33, 20, 4, 6), (2, 63, 70, 100, 32, 8), (1, 300, 24, 17, 5, 32)]
+# (B, T, in, outs, Q, R, ranks)
+GROUPS = [
+    (1, 1, 16, [8], 1, 1, [1]),
+    (3, 1, 300, [20, 33, 7], 4, 6, [6, 6, 6]),
+    (37, 1, 1100, [70, 150], 32, 32, [32, 32]),
+    (2, 5, 70, [10, 300, 10, 11], 5, 17, [17, 3, 1, 8]),
+]
+
+
+def oracle(hidden, down, state, up, *onto, scale=1.7):
+    update = torch.stack([x @ (scale * up @ s @ down).T for x, s in zip(hidden, state, strict=True)])
+    return update + onto[0] if onto else update
+
+
+def make_operands(batch, tokens, inner, outer, queries, rank):
+    operands = [
+        torch.randn(batch, tokens, inner, dtype=torch.float64) / inner**0.5,
+        torch.randn(rank, inner, dtype=torch.float64),
+        torch.randn(batch, queries, rank, dtype=torch.float64) / rank**0.5,
+        torch.randn(outer, queries, dtype=torch.float64) / queries**0.5,
+        torch.randn(batch, tokens, outer, dtype=torch.float64),
+    ]
+    return [operand.to(DEVICE) for operand in operands]
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "onto"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_delta(impl, size, dtype, added):
+    def call(hidden, down, state, up, *onto):
+        return delta(hidden, down, state, up, scale=1.7, onto=onto[0] if onto else None, impl=impl)
+
+    operands = make_operands(*size)
+    assert_matches(call, oracle, operands if added else operands[:4], dtype)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_adapter_in_float32_onto_a_linear_in_bfloat16(impl, autocast):
+    *operands, onto = [operand.float() for operand in make_operands(2, 9, 24, 30, 5, 6)]
+    operands = [operand.requires_grad_() for operand in operands]
+    onto = onto.bfloat16().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        actual = delta(*operands, scale=1.7, onto=onto, impl=impl)
+    exact = [operand.detach().double().requires_grad_() for operand in (*operands, onto)]
+    expected = oracle(*exact)
+    assert actual.dtype == torch.bfloat16
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(actual, (*operands, onto), upstream.bfloat16())
+    wanted = torch.autograd.grad(expected, exact, upstream.bfloat16().double())
+    for index, (one, other) in enumerate(zip((actual, *found), (expected, *wanted), strict=True)):
+        error = (one.double() - other).abs().max() / other.abs().max()
+        assert error < TOLERANCE[torch.bfloat16], f"operand {index - 1}: {error:.1e}"
+    assert [gradient.dtype for gradient in found] == [torch.float32] * 4 + [torch.bfloat16]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_onto_keeps_its_precision_under_autocast(impl):
+    operands = [operand.float() for operand in make_operands(2, 3, 24, 30, 5, 6)]
+    operands[3].zero_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(delta(*operands[:4], onto=operands[4], impl=impl), operands[4])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strided_operands(impl):
+    hidden, down, state, up, onto = (operand.float() for operand in make_operands(3, 4, 24, 30, 5, 6))
+    wide = torch.full((3, 5, 8), torch.nan, device=DEVICE)
+    wide[..., :6] = state
+    moved = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    onto = onto.mT.contiguous().mT
+    actual = delta(moved, down.T.contiguous().T, wide[..., :6], up.T.contiguous().T, onto=onto, scale=1.7, impl=impl)
+    torch.testing.assert_close(actual, oracle(hidden, down, state, up, onto), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_saves_no_wide_tensor_beside_the_input(impl):
+    operands = [operand.float().requires_grad_() for operand in make_operands(2, 50, 24, 200, 5, 6)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        delta(*operands[:4], onto=operands[4], impl=impl)
+    tokens = [tensor for tensor in saved if tensor.numel() >= 2 * 50 * 5 and tensor.shape[-1] not in (5, 6)]
+    assert {tensor.shape[-1] for tensor in tokens if tensor.shape[0] in (2, 100)} <= {24}
+
+
+def make_group(batch, tokens, inner, outs, queries, rank, ranks):
+    hidden, _, state, _, _ = make_operands(batch, tokens, inner, 1, queries, rank)
+    down = torch.randn(sum(ranks), inner, dtype=torch.float64, device=DEVICE)
+    ups = [torch.randn(outer, queries, dtype=torch.float64, device=DEVICE) / queries**0.5 for outer in outs]
+    bases = [torch.randn(batch, tokens, outer, dtype=torch.float64, device=DEVICE) for outer in outs]
+    return hidden, down, state, ups, bases, [1.7 / (index + 1) for index in range(len(outs))]
+
+
+def expected_group(hidden, down, state, ups, bases, scales, ranks):
+    parts = down.split(ranks)
+    return [
+        oracle(hidden, part, state[..., :rank], up, base, scale=scale)
+        for part, up, base, scale, rank in zip(parts, ups, bases, scales, ranks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", GROUPS, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_group(impl, size, dtype):
+    hidden, down, state, ups, bases, scales = make_group(*size)
+    hidden, down, ups, bases = (
+        hidden.to(dtype),
+        down.to(dtype),
+        [up.to(dtype) for up in ups],
+        [b.to(dtype) for b in bases],
+    )
+    state = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    given = (hidden.double(), down.double(), state.double(), [up.double() for up in ups], [b.double() for b in bases])
+    expected = expected_group(*given, scales, size[-1])
+    # With the state as a part of a wider one, and the outputs side by side as a fused linear gives them.
+    delta_group_(bases, hidden, down, state, ups, scales, ranks=size[-1], impl=impl)
+    for found, wanted in zip(bases, expected, strict=True):
+        error = (found.double() - wanted).abs().max() / wanted.abs().max()
+        assert error < TOLERANCE[dtype], f"{error:.1e}"
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_group_of_mixed_dtypes_and_strides(impl):
+    size = (3, 1, 40, [20, 33, 7], 4, 6, [6, 6, 6])
+    hidden, down, state, ups, bases, scales = make_group(*size)
+    expected = expected_group(hidden, down, state, ups, bases, scales, size[-1])
+    fused = torch.cat(bases, dim=-1).float()
+    views = list(fused.split(size[3], dim=-1))
+    views[1] = views[1].bfloat16()
+    wide = torch.full((3, 9, 4), torch.nan, device=DEVICE)
+    wide[:, :6] = state.float().mT
+    delta_group_(views, hidden.float(), down.float(), wide[:, :6].mT, [up.float() for up in ups], scales, impl=impl)
+    for found, wanted, tolerance in zip(views, expected, (4e-6, 2e-2, 4e-6), strict=True):
+        assert (found.double() - wanted).abs().max() / wanted.abs().max() < tolerance
+
+
+def test_group_refuses_what_it_cannot_write():
+    hidden, down, state, ups, bases, scales = make_group(3, 2, 8, [6, 6], 4, 5, [5, 5])
+    with pytest.raises(ValueError, match="one entry per linear"):
+        delta_group_(bases, hidden, down, state, ups, scales[:1])
+    with pytest.raises(ValueError, match="`ranks` must add up"):
+        delta_group_(bases, hidden, down, state, ups, scales, ranks=[4, 4])
+    with pytest.raises(ValueError, match="rows one stride apart"):
+        delta_group_(
+            [bases[0].transpose(0, 1).contiguous().transpose(0, 1), bases[1]], hidden, down, state, ups, scales
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(4, 256, 2048, 2048, 32, 32), (4, 256, 4096, 14336, 32, 32)], ids=str)
+def test_true_shapes(size, dtype):
+    operands = make_operands(*size)
+    assert_matches(lambda *args: delta(*args[:4], onto=args[4], scale=1.7, impl="triton"), oracle, operands, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64, 256])
+@pytest.mark.parametrize(
+    ("inner", "outs"),
+    [(2048, [2048, 256, 256]), (3584, [18944, 18944]), (14336, [4096])],
+    ids=["3B qkv", "7B mlp", "8B down"],
+)
+def test_group_at_true_shapes(inner, outs, batch):
+    test_group("triton", (batch, 1, inner, outs, 32, 32, [32] * len(outs)), torch.bfloat16)
