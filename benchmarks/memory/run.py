@@ -17,13 +17,13 @@ from .train import Settings, settings_dict, train
 RESULTS = Path(__file__).resolve().parent / "results"
 EVALUATION_LENGTHS = (162, 240)
 EVALUATION_TRACES = 512
-SHORT_STAGES = ((96, 250),)
+SHORT_STAGES = ((96, 400),)
 
 # One change each against the default; a key of `Settings` that is a dict is merged.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "detached": {"overrides": {"backprop_through_cache": False}},
-    "detached-half-lr": {"overrides": {"backprop_through_cache": False}, "learning_rate": 1.5e-3},
-    "detached-then-exact": {"detached_steps": 125},
+    "detached-half-lr": {"overrides": {"backprop_through_cache": False}, "learning_rate": 7.5e-4},
+    "detached-then-exact": {"detached_steps": 225},
     "gain-0.1": {"overrides": {"update_gain": 0.1}},
     "gain-1": {"overrides": {"update_gain": 1.0}},
     "softmax": {"overrides": {"encoder_attention": "softmax"}},
@@ -34,9 +34,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "query-value-only": {"overrides": {"target_modules": ["q_proj", "v_proj"]}},
     "rotated-keys": {"overrides": {"key_rotation": "kept"}},
     "all-tokens": {"loss_on": "all"},
-    "lr-1e-3": {"learning_rate": 1e-3},
-    "lr-5e-3": {"learning_rate": 5e-3},
-    "long-only": {"stages": ((162, 265),)},
+    "lr-3e-3": {"learning_rate": 3e-3},
+    "long-only": {"stages": ((162, 400),)},
     "unit": {"variant": "unit"},
     "unit-gain-1": {"variant": "unit", "overrides": {"update_gain": 1.0}},
     "by-key": {"variant": "by-key"},

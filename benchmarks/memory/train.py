@@ -43,12 +43,12 @@ class Settings:
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
     variant: str | None = None
     """A change to the method itself, by its name in `variants.VARIANTS`."""
-    stages: tuple[tuple[int, int], ...] = ((96, 250), (162, 120))
+    stages: tuple[tuple[int, int], ...] = ((96, 450), (162, 150))
     """(thoughts, steps), short traces before long ones."""
     detached_steps: int = 0
     """Steps at the start in which gradients do not flow through cached keys and values."""
-    batch: int = 32
-    learning_rate: float = 3e-3
+    batch: int = 64
+    learning_rate: float = 1.5e-3
     loss_on: str = "answers"
     """`answers`, or `all`: every token of the trace after the first."""
     layers: int = 2
