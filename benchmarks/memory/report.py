@@ -1,0 +1,142 @@
+"""Tables and the figure from `results/*.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from .task import CHANCE
+
+COLUMNS = {
+    "window": "in the window",
+    "evicted_to_1.5": "evicted, to 1.5 W",
+    "1.5_to_2.5": "1.5 to 2.5 W",
+    "over_2.5": "over 2.5 W",
+    "beyond_relay": "beyond relay",
+}
+ARM_NAMES = {
+    "base": "base model, full cache",
+    "pte": "PTE",
+    "global-only": "Global-Only",
+    "lora": "LoRA_c",
+    "lora-detached": "LoRA_c, detached",
+}
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Every result in ``folder``.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed-*.json"))]
+    if not results:
+        raise FileNotFoundError(f"{folder} holds no results. Use `python -m benchmarks.memory run` first.")
+    return results
+
+
+def report(folder: Path) -> str:
+    """The tables as markdown; the figure goes to ``folder``."""
+    results = load(folder)
+    arms = [result for result in results if result["name"] in ARM_NAMES]
+    lengths = [evaluation["length"] for evaluation in arms[0]["evaluation"]]
+    parts = [_arms(arms, index, length) for index, length in enumerate(lengths)]
+    parts += [_controls(arms), _ablations(results)]
+    draw(arms, folder / "memory.png")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _row(name: str, evaluations: list[dict[str, Any]], seeds: list[int]) -> str:
+    cells = [_cell([evaluation["buckets"][key] for evaluation in evaluations]) for key in COLUMNS]
+    running = _cell([evaluation["running"] for evaluation in evaluations])
+    return f"| {name} | {', '.join(map(str, seeds))} | " + " | ".join([*cells, running]) + " |"
+
+
+def _cell(shares: list[dict[str, float]]) -> str:
+    """One run: accuracy and half its 95 % interval. Several: their mean and range."""
+    percent = [100 * share["accuracy"] for share in shares]
+    if len(percent) == 1:
+        return f"{percent[0]:.1f} ± {50 * (shares[0]['high'] - shares[0]['low']):.1f}"
+    return f"{sum(percent) / len(percent):.1f} ({min(percent):.1f}-{max(percent):.1f})"
+
+
+def _table(rows: list[str], first: str, counts: dict[str, Any] | None = None) -> str:
+    names = list(COLUMNS.values())
+    if counts is not None:
+        names = [f"{name}, n = {counts[key]['n']}" for key, name in COLUMNS.items()]
+    head = [first, "seeds", *names, "running state"]
+    return "\n".join(["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2), *rows])
+
+
+def _arms(arms: list[dict[str, Any]], index: int, length: int) -> str:
+    rows = []
+    for arm, name in ARM_NAMES.items():
+        found = [result for result in arms if result["name"] == arm]
+        if found:
+            rows.append(_row(name, [result["evaluation"][index] for result in found], [r["seed"] for r in found]))
+    counts = arms[0]["evaluation"][index]["buckets"]
+    return f"**Facts recalled, %, traces of {length} thoughts** (n per seed).\n\n" + _table(rows, "arm", counts)
+
+
+def _controls(arms: list[dict[str, Any]]) -> str:
+    found = [result for result in arms if result["name"] == "pte"]
+    rows = [
+        _row(name, [result[key] for result in found], [result["seed"] for result in found])
+        for key, name in (("swapped_evictions", "evictions of another sequence"), ("frozen_state", "S stays S0"))
+        if found
+    ]
+    return "**Controls of the trained PTE models.**\n\n" + _table(rows, "control") if rows else ""
+
+
+def _ablations(results: list[dict[str, Any]]) -> str:
+    others = [result for result in results if result["name"].startswith("pte")]
+    names = sorted({result["name"] for result in others}, key=lambda name: (name != "pte", name))
+    parts = []
+    for index, evaluation in enumerate(others[0]["evaluation"] if others else []):
+        rows = []
+        for name in names:
+            found = [result for result in others if result["name"] == name]
+            label = name.removeprefix("pte-") if name != "pte" else "default"
+            rows.append(_row(label, [result["evaluation"][index] for result in found], [r["seed"] for r in found]))
+        parts.append(
+            f"**One change at a time, traces of {evaluation['length']} thoughts.**\n\n" + _table(rows, "change")
+        )
+    return "\n\n".join(parts)
+
+
+def draw(arms: list[dict[str, Any]], path: Path) -> None:
+    """Recall against distance in windows: one line per arm, one faint line per seed; longest traces."""
+    drawing, axis = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    for colour, (arm, name) in enumerate(ARM_NAMES.items()):
+        lines = [
+            {
+                bin_["up_to_windows"]: bin_["accuracy"]
+                for bin_ in result["evaluation"][-1]["by_distance"]
+                if bin_["n"] >= 30
+            }
+            for result in arms
+            if result["name"] == arm
+        ]
+        if not lines:
+            continue
+        places = sorted(set.intersection(*(set(line) for line in lines)))
+        for line in lines:
+            axis.plot(places, [line[place] for place in places], color=f"C{colour}", linewidth=0.7, alpha=0.4)
+        mean = [sum(line[place] for line in lines) / len(lines) for place in places]
+        axis.plot(places, mean, color=f"C{colour}", label=name, marker="o", markersize=3.5)
+    layers = arms[0]["settings"]["layers"]
+    axis.axvline(layers, color="0.6", linewidth=1, linestyle="--")
+    axis.text(layers, 0.5, " layers x window", color="0.4")
+    axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
+    axis.set(xlabel="distance to the fact, in windows", ylabel="facts recalled", ylim=(0, 1.02), xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    drawing.savefig(path, dpi=130)
+    plt.close(drawing)
