@@ -13,19 +13,21 @@ from ..machine import provenance
 from .evaluate import evaluate, frozen_state, swapped_evictions
 from .model import base_model
 from .train import Settings, settings_dict, train
+from .variants import VARIANTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EVALUATION_LENGTHS = (162, 240)
 EVALUATION_TRACES = 512
 SHORT_STAGES = ((96, 400),)
 
-# One change each against the default; a key of `Settings` that is a dict is merged.
+# One change each against an arm; a key of `Settings` that is a dict is merged.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "detached": {"overrides": {"backprop_through_cache": False}},
-    "detached-half-lr": {"overrides": {"backprop_through_cache": False}, "learning_rate": 7.5e-4},
-    "detached-then-exact": {"detached_steps": 225},
+    "detached-then-exact": {"detached_steps": 200},
     "gain-0.1": {"overrides": {"update_gain": 0.1}},
-    "gain-1": {"overrides": {"update_gain": 1.0}},
+    "gain-0.3": {"overrides": {"update_gain": 0.3}},
+    "gain-3": {"overrides": {"update_gain": 3.0}},
+    "gain-10": {"overrides": {"update_gain": 10.0}},
     "softmax": {"overrides": {"encoder_attention": "softmax"}},
     "rank-16": {"rank": 16, "global_tokens": 16},
     "queries-64": {"global_tokens": 64},
@@ -34,22 +36,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "query-value-only": {"overrides": {"target_modules": ["q_proj", "v_proj"]}},
     "rotated-keys": {"overrides": {"key_rotation": "kept"}},
     "all-tokens": {"loss_on": "all"},
-    "lr-3e-3": {"learning_rate": 3e-3},
     "long-only": {"stages": ((162, 400),)},
-    "unit": {"variant": "unit"},
-    "unit-gain-1": {"variant": "unit", "overrides": {"update_gain": 1.0}},
-    "by-key": {"variant": "by-key"},
-    "by-key-gain-1": {"variant": "by-key", "overrides": {"update_gain": 1.0}},
-    "gain-3": {"overrides": {"update_gain": 3.0}},
-    "gain-10": {"overrides": {"update_gain": 10.0}},
-    "frobenius": {"variant": "frobenius"},
-    "row-gain": {"variant": "row-gain"},
-    "gate": {"variant": "gate"},
-    "ball": {"variant": "ball"},
-    "sum": {"variant": "sum"},
-    "delta": {"variant": "delta"},
-    "delta-norm": {"variant": "delta-norm"},
-}
+    "twice-as-long": {"stages": ((96, 800), (162, 300))},
+} | {name: {"variant": name} for name in VARIANTS}
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +61,7 @@ def run(settings: Settings, seed: int, device: str, command: str, name: str, sho
     """Everything about one run, as it goes into its results file."""
     wall, cpu = time.perf_counter(), time.process_time()
     origin = provenance(command)
-    base = base_model(settings.base_seed, settings.layers, device)
+    base = base_model(seed, settings.layers, device)
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "seed": seed, "settings": settings_dict(settings)}
     result["steps"] = settings.steps if settings.arm != "base" else 0
     model: Any = base

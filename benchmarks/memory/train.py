@@ -20,11 +20,12 @@ from .variants import install
 
 log = logging.getLogger(__name__)
 
-# What makes an arm, as overrides of PTEConfig. `base` is the model itself with its full cache: nothing is trained.
+# What makes an arm, as overrides of PTEConfig. `pte-value` is its defaults; `base` is the model itself with its full cache: nothing is trained.
 ARMS: dict[str, dict[str, Any] | None] = {
     "base": None,
-    "pte": {},
-    "global-only": {"state_update": "frozen"},
+    "pte": {"state_address": "key"},
+    "pte-value": {},
+    "global-only": {"state_address": "key", "state_update": "frozen"},
     "lora": {"state_update": "off"},
     "lora-detached": {"state_update": "off", "backprop_through_cache": False},
 }
@@ -43,17 +44,15 @@ class Settings:
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
     variant: str | None = None
     """A change to the method itself, by its name in `variants.VARIANTS`."""
-    stages: tuple[tuple[int, int], ...] = ((96, 450), (162, 150))
+    stages: tuple[tuple[int, int], ...] = ((96, 400), (162, 150))
     """(thoughts, steps), short traces before long ones."""
     detached_steps: int = 0
     """Steps at the start in which gradients do not flow through cached keys and values."""
     batch: int = 64
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     loss_on: str = "answers"
     """`answers`, or `all`: every token of the trace after the first."""
     layers: int = 2
-    base_seed: int = 0
-    """Seed of the base model, which all runs share: pretraining takes longer than an adaptation."""
 
     @property
     def steps(self) -> int:
@@ -103,7 +102,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
     config = settings.config()
     model = get_peft_model(base, config).train()
     if settings.variant is not None:
-        install(model, settings.variant)
+        install(model, settings.variant, config)
     exact = config.backprop_through_cache
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(2000 + seed)

@@ -133,7 +133,7 @@ class PTEConfig(PeftConfig):
     encoder_attention: Literal["linear", "softmax"] = field(
         default="linear", metadata={"help": "Attention of the encoder over the evicted tokens."}
     )
-    update_gain: float = field(default=0.3, metadata={"help": "Factor on an update of the state."})
+    update_gain: float = field(default=1.0, metadata={"help": "Factor on an update of the state."})
     state_update: Literal["progressive", "frozen", "off"] = field(
         default="progressive", metadata={"help": "progressive: PTE; frozen: Global-Only; off: LoRA_c."}
     )

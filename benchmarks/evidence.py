@@ -1,0 +1,63 @@
+"""Tables and figures of docs/evidence.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
+
+Each section is rendered by the benchmark it comes from, between its markers; text outside of the markers is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .machine import ROOT
+from .memory import report as memory
+from .memory.run import RESULTS as MEMORY
+from .tables import insert
+
+DOCUMENT = ROOT / "docs" / "evidence.md"
+SECTIONS: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], Callable[[Path], str], Path]] = {
+    "memory": (memory.load, memory.report, MEMORY),
+}
+"""By marker: what loads the results of a folder, what renders them, the folder."""
+
+
+def provenance(results: list[dict[str, Any]]) -> str:
+    """One sentence: machine, versions, dates and commits of ``results``."""
+
+    def all_of(name: str) -> str:
+        found = {result[name] for result in results}
+        return ", ".join(sorted(str(value)[:12] if name == "commit" else str(value) for value in found))
+
+    dates = sorted(result["date"][:10] for result in results)
+    versions = ", ".join(f"{package} {version}" for package, version in results[-1]["versions"].items())
+    days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    gpus = sorted({result["gpu"] or "no GPU" for result in results})
+    return (
+        f"*{len(results)} runs, {days}; {all_of('cpu')}, {all_of('cores')} cores, {', '.join(gpus)}, threads: "
+        f"{all_of('threads')}; {versions}; commits {all_of('commit')}.*"
+    )
+
+
+def render(document: str) -> str:
+    """``document`` with every section rendered anew."""
+    for name, (load, report, folder) in SECTIONS.items():
+        block = f"{provenance(load(folder))}\n\n{report(folder)}"
+        document = insert(document, block, name)
+    return document
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Render docs/evidence.md."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("--stdout", action="store_true", help="print the document; leave the file as it is")
+    options = parser.parse_args(arguments)
+    text = render(DOCUMENT.read_text())
+    if options.stdout:
+        print(text)
+        return
+    DOCUMENT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
