@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .model import CHECKPOINTS, base_model
 from .run import RESULTS, name_of, run, save, settings_for, summary
 from .train import ARMS, PROTOCOLS
 
@@ -25,13 +26,21 @@ def main() -> None:
     add("--seed", nargs="+", type=int, default=[0])
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["warm"], help="GRPO at once, or after a short SFT")
     add("--set", nargs="+", type=_assignment, default=[], metavar="FIELD=VALUE", help="fields of PTEConfig")
-    add("--setting", nargs="+", type=_assignment, default=[], metavar="FIELD=VALUE", help="fields of Settings (train.py)")
+    add(
+        "--setting",
+        nargs="+",
+        type=_assignment,
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of Settings (train.py)",
+    )
     add("--variant", default=None, help="another update of the state, from benchmarks/memory/variants.py")
     add("--suffix", default=None, help="of the run's name; default: what --set and --setting say")
     add("--quick", action="store_true", help="a few small steps, to see that everything runs")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=None, help="threads of torch on a CPU")
     add("--output", type=Path, default=RESULTS)
+    add("--checkpoints", type=Path, default=CHECKPOINTS, help="where base models are kept")
     reporter = commands.add_parser("report", help="the table and the figure from the results")
     reporter.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -57,9 +66,12 @@ def _run(arguments: argparse.Namespace, arm: str, protocol: str, seed: int) -> N
     command = f"python -m benchmarks.rl run --arm {arm} --protocol {protocol} --seed {seed}"
     for option, pairs in (("--set", arguments.set), ("--setting", arguments.setting)):
         command += "".join([f" {option}", *(f" {field}={value}" for field, value in pairs)]) if pairs else ""
-    command += (f" --variant {arguments.variant}" if arguments.variant else "") + (" --quick" if arguments.quick else "")
+    command += (f" --variant {arguments.variant}" if arguments.variant else "") + (
+        " --quick" if arguments.quick else ""
+    )
     name = name_of(settings, arguments.suffix or changed)
-    result = run(settings, seed, arguments.device, command, name, arguments.quick)
+    base = base_model(settings.base_seed, settings.layers, arguments.device, arguments.checkpoints)
+    result = run(base, settings, seed, command, name, arguments.quick)
     save(result, arguments.output)
     print(summary(result), flush=True)
 

@@ -48,7 +48,9 @@ def grouped(results: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
     for result in results:
         groups.setdefault((result["protocol"], result["arm"], result["name"]), []).append(result)
     arms, protocols = list(ARM_NAMES), list(PROTOCOL_NAMES)
-    return dict(sorted(groups.items(), key=lambda item: (protocols.index(item[0][0]), arms.index(item[0][1]), item[0][2])))
+    return dict(
+        sorted(groups.items(), key=lambda item: (protocols.index(item[0][0]), arms.index(item[0][1]), item[0][2]))
+    )
 
 
 def table(groups: dict[tuple[str, str, str], list[Run]]) -> str:
@@ -104,7 +106,9 @@ def draw(groups: dict[tuple[str, str, str], list[Run]], path: Path) -> None:
     for axis, protocol in zip(axes, PROTOCOL_NAMES, strict=False):
         _curves(axis, {key[1]: runs for key, runs in main.items() if key[0] == protocol})
         axis.set(title=PROTOCOL_NAMES[protocol], xlabel="GRPO step", ylabel="reward (share of answers right)")
-    last = {key[1]: runs for key, runs in main.items() if key[0] == "warm"} or {key[1]: runs for key, runs in main.items()}
+    last = {key[1]: runs for key, runs in main.items() if key[0] == "warm"} or {
+        key[1]: runs for key, runs in main.items()
+    }
     _by_window(axes[2], last)
     _costs(axes[3], last)
     for axis in axes:
@@ -144,10 +148,14 @@ def _by_window(axis: Axes, arms: dict[str, list[Run]]) -> None:
         means = [sum(share) / len(share) for share in shares]
         bars = [[mean - min(share) for mean, share in zip(means, shares, strict=True)]]
         bars += [[max(share) - mean for mean, share in zip(means, shares, strict=True)]]
-        axis.errorbar(places, means, bars, color=_colour(arm), marker="o", markersize=4, capsize=3, label=ARM_NAMES[arm])
+        axis.errorbar(
+            places, means, bars, color=_colour(arm), marker="o", markersize=4, capsize=3, label=ARM_NAMES[arm]
+        )
         axis.set_xticks(list(places), [str(row["window"] or "all") for row in rows])
     axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
-    axis.set(title="After GRPO, by cache window", xlabel="thoughts the cache holds", ylabel="answers right", ylim=(0, 1.02))
+    axis.set(
+        title="After GRPO, by cache window", xlabel="thoughts the cache holds", ylabel="answers right", ylim=(0, 1.02)
+    )
 
 
 def _costs(axis: Axes, arms: dict[str, list[Run]]) -> None:

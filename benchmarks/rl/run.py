@@ -1,4 +1,4 @@
-"""One run: train (or load) the base model, adapt one arm, evaluate it under every window, write a JSON."""
+"""One run: warm up and train one arm, evaluate it under every window, write a JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaForCausalLM
+
 from ..machine import provenance
 from ..memory.evaluate import frozen_state, swapped_evictions
 from .evaluate import evaluate
-from .model import base_model, solved
+from .model import solved
 from .train import Settings, adapt, evict_of, grpo, warm_up
 
 RESULTS = Path(__file__).resolve().parent / "results"
-WINDOWS: tuple[int | None, ...] = (16, 24, 32, 48, None)
+WINDOWS: tuple[int | None, ...] = (16, 24, 32, None)
 EVALUATION_PROBLEMS = 512
 QUICK: dict[str, Any] = {"warm_steps": 4, "warm_batch": 8, "grpo_steps": 3, "prompts": 2, "generations": 4}
 QUICK_PROBLEMS = 16
@@ -39,10 +41,11 @@ def name_of(settings: Settings, suffix: str | None = None) -> str:
     return "-".join(part for part in (settings.arm, settings.protocol, settings.variant, suffix) if part)
 
 
-def run(settings: Settings, seed: int, device: str, command: str, name: str, quick: bool = False) -> dict[str, Any]:
+def run(
+    base: LlamaForCausalLM, settings: Settings, seed: int, command: str, name: str, quick: bool = False
+) -> dict[str, Any]:
     """Everything about one run, as it goes into its results file."""
     origin = provenance(command)
-    base = base_model(settings.base_seed, settings.layers, device)
     began = time.perf_counter()
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "protocol": settings.protocol, "seed": seed}
     result["settings"] = dataclasses.asdict(settings)
@@ -86,7 +89,10 @@ def summary(result: dict[str, Any]) -> str:
         f"before GRPO, {curve[0]:.3f} -> {curve[-1]:.3f}, {rollout['rollout_tokens_per_second']:.0f} tokens/s, "
         f"max |log ratio| {rollout['max_log_ratio_first_iteration']:.1e}"
     ]
-    for row in [*result["evaluation"], *(result[name] for name in ("swapped_evictions", "frozen_state") if name in result)]:
+    for row in [
+        *result["evaluation"],
+        *(result[name] for name in ("swapped_evictions", "frozen_state") if name in result),
+    ]:
         shares = " ".join(f"{key} {row[key]['accuracy']:.3f}" for key in ("reward", "exact", "in_window", "evicted"))
         lines.append(f"  window {row['window']} {row['decoding']}: {shares}")
     return "\n".join(lines)

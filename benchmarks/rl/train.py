@@ -41,14 +41,14 @@ class Settings:
 
     arm: str = "pte"
     protocol: str = "warm"
-    window: int = 24
+    window: int = 16
     rank: int = 32
     global_tokens: int = 32
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
     variant: str | None = None
     """A change to the method itself, by its name in `benchmarks.memory.variants.VARIANTS`."""
-    steps: int = 20
+    steps: int = 16
     """Of a problem."""
     asked: int = 6
     warm_steps: int | None = None
@@ -97,7 +97,9 @@ def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2000 + seed)
     optimizer = torch.optim.AdamW(parameters, lr=settings.warm_learning_rate, weight_decay=0.0)
     steps = settings.supervised_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, max(0.1, 1 - step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, max(0.1, 1 - step / steps))
+    )
     curve: list[dict[str, float]] = []
     began = time.perf_counter()
     model.train()
@@ -134,7 +136,10 @@ def evict_of(window: int | None) -> int:
 def grpo(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
     """GRPO on fresh problems; returns the curve, what the cache held, speed, and the first iteration's log ratio."""
     problems = make_problems(
-        settings.prompts * settings.grpo_steps, settings.steps, settings.asked, torch.Generator().manual_seed(3000 + seed)
+        settings.prompts * settings.grpo_steps,
+        settings.steps,
+        settings.asked,
+        torch.Generator().manual_seed(3000 + seed),
     )
     rows = [
         {"prompt": words(prompt), "solution": words(completion)}
@@ -154,6 +159,8 @@ def grpo(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
                 output_dir=folder,
                 per_device_train_batch_size=settings.prompts * settings.generations,
                 gradient_accumulation_steps=1,
+                # Nothing to save at this size, and a third of the time.
+                gradient_checkpointing=False,
                 num_generations=settings.generations,
                 # Room for one more step than the solution has.
                 max_completion_length=problems.completion_ids.shape[1] + 3,

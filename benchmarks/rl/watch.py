@@ -53,7 +53,9 @@ class RolloutWatch:
         self._trainer._get_per_token_logps_and_entropies = self._compared_score
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del self._host.generate
         del self._trainer._get_per_token_logps_and_entropies
 
