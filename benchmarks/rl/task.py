@@ -1,0 +1,178 @@
+"""State tracking: walk a state through fixed permutations, step by step, then name the states that were asked for.
+
+A problem and its solution, with four steps and two questions::
+
+    <bos> C   3 b   4 a   5 e   6 b   ask 5 3 think      prompt: start state, (index, operation) per step, questions
+    3 b A   4 a F   5 e F   6 b H   answer 5 F 3 A <eos>  completion: (index, operation, state) per step, then answers
+
+What an operation does to a state is fixed (``TABLE``), so a step is easy; a state is the work of all steps before it, so a state
+that was forgotten takes the whole chain again. Every token is one word. Steps are numbered from a random index on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+STATES = "ABCDEFGH"
+OPERATIONS = "abcdefgh"
+INDICES = 24
+CHANCE = 1 / len(STATES)
+STEP = 3
+"""Tokens of a step of the trace."""
+WORDS = (
+    *("<pad>", "<eos>", "<bos>", "ask", "think", "answer"),
+    *(str(index) for index in range(INDICES)),
+    *OPERATIONS,
+    *STATES,
+)
+VOCABULARY = {word: token for token, word in enumerate(WORDS)}
+PAD, EOS, BOS, ASK, THINK, ANSWER = range(6)
+FIRST_INDEX = VOCABULARY["0"]
+FIRST_OPERATION = VOCABULARY[OPERATIONS[0]]
+FIRST_STATE = VOCABULARY[STATES[0]]
+TABLE = torch.rand(len(OPERATIONS), len(STATES), generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+"""``[operations, states]``, the state after an operation."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """``B`` problems of ``N`` steps and ``F`` questions, with their solutions."""
+
+    prompt_ids: Tensor
+    """``[B, P]``."""
+    completion_ids: Tensor
+    """``[B, T]``."""
+    asked: Tensor
+    """``[B, F]``, steps that are asked for, in order, counted from 0."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def steps(self) -> int:
+        """``N``."""
+        return (self.completion_ids.shape[1] - 2 - 2 * self.asked.shape[1]) // STEP
+
+    @property
+    def stated(self) -> Tensor:
+        """``[B, F]``, thought (column of the completion) that states what is asked for."""
+        return STEP * self.asked + STEP - 1
+
+    @property
+    def recalled(self) -> Tensor:
+        """``[F]``, thought whose logits must recall it: the index of the answer."""
+        return STEP * self.steps + 1 + 2 * torch.arange(self.asked.shape[1])
+
+    @property
+    def distance(self) -> Tensor:
+        """``[B, F]``, tokens between the two."""
+        return self.recalled - self.stated
+
+    def held(self, window: int | None, evict: int) -> Tensor:
+        """``[B, F]``, whether the state is in the window when it must be recalled.
+
+        Thoughts fill the window; then ``evict`` of them leave whenever one must be written and there is no room.
+        """
+        if window is None:
+            return torch.ones_like(self.asked, dtype=torch.bool)
+        gone = torch.where(self.recalled < window, 0, ((self.recalled - window) // evict + 1) * evict)
+        return self.stated >= gone
+
+    def labels(self) -> Tensor:
+        """``[B, P + T]``, the completion; -100 on the prompt."""
+        return torch.cat([torch.full_like(self.prompt_ids, -100), self.completion_ids], dim=1)
+
+    def input_ids(self) -> Tensor:
+        """``[B, P + T]``."""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+
+def make_problems(batch: int, steps: int, asked: int, generator: torch.Generator) -> Problems:
+    """Random problems.
+
+    Args:
+        batch: ``B``.
+        steps: ``N``, at most ``INDICES``.
+        asked: ``F``, at most ``steps``.
+        generator: Source of randomness, on the CPU.
+
+    Raises:
+        ValueError: There are too many steps or questions.
+    """
+    if not 1 <= steps <= INDICES:
+        raise ValueError(f"`steps` must be from 1 to {INDICES}, got {steps}. Use 20.")
+    if not 1 <= asked <= steps:
+        raise ValueError(f"`asked` must be from 1 to the number of steps, {steps}, got {asked}. Use fewer questions.")
+    first = torch.randint(INDICES - steps + 1, (batch, 1), generator=generator)
+    indices = FIRST_INDEX + first + torch.arange(steps)
+    operations = torch.randint(len(OPERATIONS), (batch, steps), generator=generator)
+    state = start = torch.randint(len(STATES), (batch,), generator=generator)
+    walked = []
+    for step in range(steps):
+        state = TABLE[operations[:, step], state]
+        walked.append(state)
+    states = FIRST_STATE + torch.stack(walked, dim=1)
+    questions = torch.rand(batch, steps, generator=generator).argsort(dim=1)[:, :asked]
+
+    def column(token: int) -> Tensor:
+        return torch.full((batch, 1), token)
+
+    def woven(*rows: Tensor) -> Tensor:
+        return torch.stack(rows, dim=2).flatten(1)
+
+    asked_indices = indices.gather(1, questions)
+    prompt = [column(BOS), FIRST_STATE + start[:, None], woven(indices, FIRST_OPERATION + operations)]
+    prompt += [column(ASK), asked_indices, column(THINK)]
+    completion = [woven(indices, FIRST_OPERATION + operations, states), column(ANSWER)]
+    completion += [woven(asked_indices, states.gather(1, questions)), column(EOS)]
+    return Problems(torch.cat(prompt, dim=1), torch.cat(completion, dim=1), questions)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
+    )
+
+
+def words(ids: list[int]) -> str:
+    """The text of tokens."""
+    return " ".join(WORDS[token] for token in ids)
+
+
+def grade(completion: str, solution: str) -> list[bool]:
+    """Whether each question is answered: its index in its place, and the state after it.
+
+    Args:
+        completion: What was generated; what comes before the first ``answer`` and after ``<eos>`` does not count.
+        solution: The right completion.
+    """
+    wanted, given = _answers(solution), _answers(completion)
+    pairs = list(zip(given[::2], given[1::2], strict=False))
+    return [
+        place < len(pairs) and pairs[place] == pair
+        for place, pair in enumerate(zip(wanted[::2], wanted[1::2], strict=True))
+    ]
+
+
+def _answers(completion: str) -> list[str]:
+    _, _, answers = completion.partition("<eos>")[0].partition("answer")
+    return answers.split()
+
+
+def share_right(completions: list[str], solution: list[str], **kwargs: object) -> list[float]:
+    """The reward: the share of questions that are answered."""
+    graded = [grade(completion, right) for completion, right in zip(completions, solution, strict=True)]
+    return [sum(row) / len(row) for row in graded]
+
+
+def exact(completions: list[str], solution: list[str], **kwargs: object) -> list[float]:
+    """1 where every question is answered, else 0."""
+    return [float(reward == 1.0) for reward in share_right(completions, solution)]
