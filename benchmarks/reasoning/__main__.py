@@ -14,7 +14,7 @@ import transformers
 
 from ..machine import ROOT
 from .run import RESULTS, run, save
-from .settings import ARMS, FORMS, settings_for
+from .settings import ARMS, settings_for
 from .task import TASKS
 
 

@@ -161,7 +161,8 @@ def draw(results: list[Result], path: Path) -> None:
         groups = [(arm, found) for name, arm, found in _groups(results) if name == task]
         for place, (arm, found) in enumerate(groups):
             colour = f"C{list(ARMS).index(arm)}"
-            rewards = [_mean(column) for column in zip(*([s["reward"] for s in r["training"]["curve"]] for r in found))]
+            curves = [[step["reward"] for step in result["training"]["curve"]] for result in found]
+            rewards = [_mean(column) for column in zip(*curves, strict=True)]
             span = max(2, len(rewards) // 4)
             smooth = [_mean(rewards[max(0, i + 1 - span) : i + 1]) for i in range(len(rewards))]
             steps = range(1, len(rewards) + 1)

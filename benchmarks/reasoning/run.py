@@ -24,7 +24,16 @@ from .train import train
 RESULTS = Path(__file__).resolve().parent / "results"
 CHECKPOINTS = ROOT / "outputs" / "reasoning"
 # What the base model's evaluation depends on, apart from the cache.
-EVALUATION_FIELDS = "task model dtype max_completion temperature evaluation_problems samples evaluation_batch".split()
+EVALUATION_FIELDS = [
+    "task",
+    "model",
+    "dtype",
+    "max_completion",
+    "temperature",
+    "evaluation_problems",
+    "samples",
+    "evaluation_batch",
+]
 CACHE_FIELDS = ("cache_window", "evict_ratio", "eviction")
 
 
