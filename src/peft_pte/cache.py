@@ -344,7 +344,7 @@ def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     evict = None if config.cache_window is None else config.tokens_per_eviction
     fields = ("cache_window", "eviction", "r", "num_global_tokens", "state_update", "encoder_attention", "update_gain")
     ranks = tuple(sorted(config.rank_pattern.items()))
-    return (evict, ranks, config.key_rotation, *(getattr(config, name) for name in fields))
+    return (evict, ranks, config.key_rotation, config.state_address, *(getattr(config, name) for name in fields))
 
 
 def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:

@@ -16,6 +16,7 @@ EVICTION_POLICIES = ("sliding_window", "key_diff")
 STATE_UPDATES = ("progressive", "frozen", "off")
 ENCODER_ATTENTIONS = ("linear", "softmax")
 KEY_ROTATIONS = ("removed", "kept")
+STATE_ADDRESSES = ("value", "key")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 MIN_CACHE_WINDOW = 4
@@ -74,6 +75,10 @@ class PTEConfig(PeftConfig):
         update_gain: Factor on ``S'`` before it is added to the state.
         state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
+        state_address: What a token that left is found by. ``"value"``: ``y = W x + scale A S (B x)``, so ``B x`` meets the
+            tokens' projected values and is told their scores for the global tokens. ``"key"``:
+            ``y = W x + scale A S^T (B x)``, so ``B x`` meets the scores, which are made of keys, and is told the values, as
+            in attention; ``B`` is then ``[Q, in]`` and ``A`` is ``[out, R]``. It remembers far more (docs/evidence.md).
         key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
             ``False``: they are detached at every eviction; the gradient still flows through the states.
@@ -131,6 +136,9 @@ class PTEConfig(PeftConfig):
     update_gain: float = field(default=0.3, metadata={"help": "Factor on an update of the state."})
     state_update: Literal["progressive", "frozen", "off"] = field(
         default="progressive", metadata={"help": "progressive: PTE; frozen: Global-Only; off: LoRA_c."}
+    )
+    state_address: Literal["value", "key"] = field(
+        default="value", metadata={"help": "What a token that left is found by; key: as in attention."}
     )
     key_rotation: Literal["removed", "kept"] = field(
         default="removed", metadata={"help": "Whether the encoder reads keys without their rotary rotation."}
@@ -199,6 +207,7 @@ class PTEConfig(PeftConfig):
             ("encoder_attention", ENCODER_ATTENTIONS),
             ("state_update", STATE_UPDATES),
             ("key_rotation", KEY_ROTATIONS),
+            ("state_address", STATE_ADDRESSES),
             ("impl", IMPLEMENTATIONS),
         ):
             value = getattr(self, name)

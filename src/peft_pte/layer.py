@@ -1,4 +1,4 @@
-"""`PTELinear`: a linear layer that reads the thought state, ``y = W x + scale * A (S (B x))``."""
+"""`PTELinear`: a linear layer that reads the thought state, ``y = W x + scale * A (S (B x))`` (or ``S^T``)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PTELinear(nn.Module, PTELayer):
     """An ``nn.Linear`` or ``Conv1D`` with PTE adapters."""
 
     adapter_layer_names = ("pte_down", "pte_up")
-    other_param_names = ("r", "scale", "dropout", "impl")
+    other_param_names = ("r", "scale", "dropout", "impl", "by_key")
 
     def __init__(self, base_layer: nn.Module, layer_index: int, name: str) -> None:
         super().__init__()
@@ -83,6 +83,7 @@ class PTELinear(nn.Module, PTELayer):
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
         self.impl: dict[str, str] = {}
+        self.by_key: dict[str, bool] = {}
         self.dropout = nn.ModuleDict()
         self.pte_down = nn.ModuleDict()
         self.pte_up = nn.ModuleDict()
@@ -94,8 +95,10 @@ class PTELinear(nn.Module, PTELayer):
         self.scale[adapter_name] = config.scale(rank, alpha)
         self.impl[adapter_name] = config.impl
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        self.pte_down[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
-        self.pte_up[adapter_name] = nn.Linear(config.num_queries, self.out_features, bias=False)
+        self.by_key[adapter_name] = config.state_address == "key"
+        asked, told = (config.num_queries, rank) if self.by_key[adapter_name] else (rank, config.num_queries)
+        self.pte_down[adapter_name] = nn.Linear(self.in_features, asked, bias=False)
+        self.pte_up[adapter_name] = nn.Linear(told, self.out_features, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -134,7 +137,7 @@ class PTELinear(nn.Module, PTELayer):
         return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
-        """The input as ``[B * N, T / N, in]`` and the states that its rows read."""
+        """The input as ``[B * N, T / N, in]`` and the states that its rows read: ``[.., Q, R]``, or ``[.., R, Q]`` by key."""
         state, rows, tokens = read_state(self.layer_index)
         # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
         flat = x.ndim == 2 and x.shape[0] == rows * tokens and ".experts." not in self.name
@@ -147,7 +150,8 @@ class PTELinear(nn.Module, PTELayer):
         states = state.shape[0]
         if flat or states != rows:
             x = x.reshape(states, rows * tokens // states, -1)
-        return x, state[..., : self.r[adapter]]
+        state = state[..., : self.r[adapter]]
+        return x, state.mT if self.by_key[adapter] else state
 
     def resolved_impl(self, adapter_name: str) -> str:
         """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""

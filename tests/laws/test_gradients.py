@@ -54,7 +54,13 @@ def test_gradcheck(family, eviction):
 
 @pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_every_trained_parameter_gets_a_gradient(family):
-    for fields in ({}, {"num_global_tokens": 0}, {"state_update": "frozen"}, {"state_update": "off"}):
+    for fields in (
+        {},
+        {"state_address": "key"},
+        {"num_global_tokens": 0},
+        {"state_update": "frozen"},
+        {"state_update": "off"},
+    ):
         model = make_pte(family, **fields)
         batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
         found, _ = gradients(model, batch)

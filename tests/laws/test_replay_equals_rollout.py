@@ -69,6 +69,8 @@ def test_completions_that_end_early(family, attn_implementation):
         {"num_global_tokens": 0},
         {"encoder_attention": "softmax"},
         {"key_rotation": "kept"},
+        {"state_address": "key", "num_global_tokens": 3, "rank_pattern": {"q_proj": 2}},
+        {"state_address": "key", "state_update": "off", "num_global_tokens": 3},
         {"evict_ratio": 1.0},
         {"evict_ratio": 0.01},
         {"cache_window": 7, "evict_ratio": 0.5},

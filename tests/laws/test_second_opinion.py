@@ -23,13 +23,20 @@ LENGTHS = {"below": WINDOW - 2, "at": WINDOW, "just_above": WINDOW + 2, "far_abo
 
 METHODS = [
     pytest.param(
-        {"state_update": update, "encoder_attention": attention, "key_rotation": keys, "num_global_tokens": tokens},
-        id=f"{update}-{attention}-{keys}-{tokens}",
+        {
+            "state_update": update,
+            "encoder_attention": attention,
+            "key_rotation": keys,
+            "num_global_tokens": tokens,
+            "state_address": address,
+        },
+        id=f"{update}-{attention}-{keys}-{tokens}-{address}",
     )
     for update in ("progressive", "frozen", "off")
     for attention in ("linear", "softmax")
     for keys in ("removed", "kept")
     for tokens in (0, 5)
+    for address in ("value", "key")
     if (update, tokens) != ("off", 0)  # the identity needs rows: refused by PTEConfig
 ]
 
@@ -58,7 +65,9 @@ def oracle(model, prompt, thoughts):
 
     def linear(x, name, S):
         A, B = weights[f"{name}.pte_up.default.weight"], weights[f"{name}.pte_down.default.weight"]
-        return weights[f"{name}.base_layer.weight"] @ x + (pte.alpha / R) * (A @ (S @ (B @ x)))
+        return weights[f"{name}.base_layer.weight"] @ x + (pte.alpha / R) * (
+            A @ ((S if pte.state_address == "value" else S.T) @ (B @ x))
+        )
 
     def encode(layer, keys, values):
         h_g, W_Q, W_K, W_V = (
