@@ -56,15 +56,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Any) -> None:
         """Watch ``trainer``: its `generate` and its scoring pass through here from now on."""
         self._device = trainer.accelerator.device
-        host = trainer.model.get_base_model()
-        host.generate = self._generating(host.generate)
+        self._host = trainer.model.get_base_model()
+        self._generate = self._host.generate
+        self._host.generate = self._generating(self._generate)
         trainer._get_per_token_logps_and_entropies = self._scoring(trainer._get_per_token_logps_and_entropies)
         trainer.add_callback(self)
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start a row. The rollout of a step comes before or after this; its figures are kept either way."""
-        if not self._mark:
-            self._mark = time.perf_counter()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Let the model generate unwatched again."""
+        self._host.generate = self._generate
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
