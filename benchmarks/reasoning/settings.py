@@ -33,24 +33,24 @@ class Settings:
     global_tokens: int = 16
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
-    max_completion: int = 64
-    min_thought: int = 36
+    max_completion: int = 56
+    min_thought: int = 32
     """Tokens; an answer after fewer is not solved: it would never have left the window."""
     temperature: float = 0.7
-    steps: int = 16
+    steps: int = 12
     prompts: int = 2
     """Problems per step."""
     generations: int = 8
     """Completions per problem."""
     micro_batch: int = 8
     """Completions that are scored together."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     gradient_checkpointing: bool = False
     training_problems: int = 1000
     evaluation_problems: int = 24
     samples: int = 8
     """Completions per problem of an evaluation; at least the k of pass@k."""
-    evaluation_batch: int = 64
+    evaluation_batch: int = 96
     """Completions that an evaluation samples together."""
 
     @property
