@@ -29,10 +29,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora-full": {"state_update": "off", "cache_window": None},
     "lora": {"state_update": "off"},
     "global-only": {"state_update": "frozen"},
-    "pte": {},
+    "pte": {"state_address": "key"},
 }
 # Supervised steps of the adapter under its own cache, before GRPO.
-PROTOCOLS = {"straight": 0, "warm": 200}
+PROTOCOLS = {"straight": 0, "warm": 300}
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Settings:
     warm_steps: int | None = None
     """`None`: as the protocol says."""
     warm_batch: int = 64
-    warm_learning_rate: float = 1.5e-3
+    warm_learning_rate: float = 3e-3
     grpo_steps: int = 80
     prompts: int = 16
     """Problems a GRPO step."""
     generations: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     layers: int = 2
     base_seed: int = 0
     """Seed of the base model, which all runs share."""
@@ -86,7 +86,7 @@ def adapt(base: PreTrainedModel, settings: Settings, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     model = get_peft_model(base, settings.config())
     if settings.variant is not None:
-        install(model, settings.variant)
+        install(model, settings.variant, settings.config())
     return model
 
 
