@@ -13,11 +13,17 @@ from typing import Any
 from .machine import ROOT
 from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
+from .reasoning import report as reasoning
+from .reasoning.run import RESULTS as REASONING
+from .rl import report as rl
+from .rl.run import RESULTS as RL
 from .tables import insert
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 SECTIONS: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], Callable[[Path], str], Path]] = {
     "memory": (memory.load, memory.report, MEMORY),
+    "rl": (rl.load, rl.report, RL),
+    "reasoning": (reasoning.load, lambda folder: reasoning.report(folder, stdout=True), REASONING),
 }
 """By marker: what loads the results of a folder, what renders them, the folder."""
 
