@@ -23,6 +23,7 @@ COLUMNS = {
 ARM_NAMES = {
     "base": "base model, full cache",
     "pte": "PTE",
+    "pte-value": "PTE, by value",
     "global-only": "Global-Only",
     "lora": "LoRA_c",
     "lora-detached": "LoRA_c, detached",
@@ -95,10 +96,14 @@ def _controls(arms: list[dict[str, Any]]) -> str:
 
 
 def _ablations(results: list[dict[str, Any]]) -> str:
-    others = [result for result in results if result["name"].startswith("pte")]
+    others = [
+        r for r in results if r["name"] == "pte" or (r["name"] not in ARM_NAMES and not r["name"].startswith("short"))
+    ]
     names = sorted({result["name"] for result in others}, key=lambda name: (name != "pte", name))
+    if len(names) < 2:
+        return ""
     parts = []
-    for index, evaluation in enumerate(others[0]["evaluation"] if others else []):
+    for index, evaluation in enumerate(others[0]["evaluation"]):
         rows = []
         for name in names:
             found = [result for result in others if result["name"] == name]
