@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .machine import ROOT
+from .machine import ROOT, load_runs
 from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
 from .reasoning import report as reasoning
@@ -20,12 +20,12 @@ from .rl.run import RESULTS as RL
 from .tables import insert
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
-SECTIONS: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], Callable[[Path], str], Path]] = {
-    "memory": (memory.load, memory.report, MEMORY),
-    "rl": (rl.load, rl.report, RL),
-    "reasoning": (reasoning.load, lambda folder: reasoning.report(folder, stdout=True), REASONING),
+SECTIONS: dict[str, tuple[Callable[[Path], str], Path]] = {
+    "memory": (memory.report, MEMORY),
+    "rl": (rl.report, RL),
+    "reasoning": (lambda folder: reasoning.report(folder, stdout=True), REASONING),
 }
-"""By marker: what loads the results of a folder, what renders them, the folder."""
+"""By marker: what renders the results of a folder, the folder."""
 
 
 def provenance(results: list[dict[str, Any]]) -> str:
@@ -47,8 +47,8 @@ def provenance(results: list[dict[str, Any]]) -> str:
 
 def render(document: str) -> str:
     """``document`` with every section rendered anew."""
-    for name, (load, report, folder) in SECTIONS.items():
-        block = f"{provenance(load(folder))}\n\n{report(folder)}"
+    for name, (report, folder) in SECTIONS.items():
+        block = f"{provenance(load_runs(folder))}\n\n{report(folder)}"
         document = insert(document, block, name)
     return document
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -35,6 +36,18 @@ def provenance(command: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def load_runs(folder: Path) -> list[dict[str, Any]]:
+    """The results of every run and seed in ``folder``, by name.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed-*.json"))]
+    if not results:
+        raise FileNotFoundError(f"{folder} holds no results. Use the benchmark's `run` first.")
+    return results
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..machine import load_runs
 from .task import CHANCE
 
 COLUMNS = {
@@ -30,21 +30,9 @@ ARM_NAMES = {
 }
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """Every result in ``folder``.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed-*.json"))]
-    if not results:
-        raise FileNotFoundError(f"{folder} holds no results. Use `python -m benchmarks.memory run` first.")
-    return results
-
-
 def report(folder: Path) -> str:
     """The tables as markdown; the figure goes to ``folder``."""
-    results = load(folder)
+    results = load_runs(folder)
     arms = [result for result in results if result["name"] in ARM_NAMES]
     lengths = [evaluation["length"] for evaluation in arms[0]["evaluation"]]
     parts = [_arms(arms, index, length) for index, length in enumerate(lengths)]

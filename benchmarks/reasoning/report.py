@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..machine import load_runs
 from ..tables import insert, table
 from .evaluate import bootstrap, evictions, per_problem, solved, wilson
 from .settings import ARMS, Settings
@@ -40,21 +40,9 @@ HEADER = [
 K = 8
 
 
-def load(folder: Path) -> list[Result]:
-    """Every result in ``folder``.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed-*.json"))]
-    if not results:
-        raise FileNotFoundError(f"{folder} holds no results. Use `python -m benchmarks.reasoning run` first.")
-    return results
-
-
 def report(folder: Path, stdout: bool = False, readme: Path = README) -> str:
     """The tables as markdown, printed and written into ``readme``, one per form; the figures go to ``folder``."""
-    results = load(folder)
+    results = load_runs(folder)
     parts = []
     for form in dict.fromkeys(result["form"] for result in results):
         found = [result for result in results if result["form"] == form]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from ..machine import load_runs
 from .task import CHANCE
 
 ARM_NAMES = {"lora-full": "LoRA, full cache", "lora": "LoRA_c", "global-only": "Global-Only", "pte": "PTE"}
@@ -23,21 +23,9 @@ SMOOTH = 5
 Run = dict[str, Any]
 
 
-def load(folder: Path) -> list[Run]:
-    """Every result in ``folder``.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed-*.json"))]
-    if not results:
-        raise FileNotFoundError(f"{folder} holds no results. Use `python -m benchmarks.rl run` first.")
-    return results
-
-
 def report(folder: Path) -> str:
     """The table as markdown; the figure goes to ``folder``."""
-    groups = grouped(load(folder))
+    groups = grouped(load_runs(folder))
     draw(groups, folder / "rl.png")
     return table(groups)
 

@@ -5,14 +5,15 @@ import shutil
 import pytest
 
 from benchmarks import evidence
+from benchmarks.machine import load_runs
 
 
 @pytest.mark.parametrize("name", evidence.SECTIONS)
 def test_the_document_is_rendered_from_the_results(name, tmp_path):
-    load, report, folder = evidence.SECTIONS[name]
+    report, folder = evidence.SECTIONS[name]
     copy = tmp_path / "results"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.png"))  # Figures are drawn into the copy.
-    block = f"{evidence.provenance(load(copy))}\n\n{report(copy)}"
+    block = f"{evidence.provenance(load_runs(copy))}\n\n{report(copy)}"
     assert block in evidence.DOCUMENT.read_text(), "run `python -m benchmarks.evidence`"
     assert list(copy.glob("*.png"))
 
