@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ..machine import load_runs
-from .task import CHANCE
+from ..theory import full_cache_bytes
+from .model import new_model
+from .task import CHANCE, make_problems
 
 ARM_NAMES = {"lora-full": "LoRA, full cache", "lora": "LoRA_c", "global-only": "Global-Only", "pte": "PTE"}
 PROTOCOL_NAMES = {"straight": "GRPO after the base model's SFT", "warm": "GRPO after an SFT of the adapter, too"}
@@ -62,8 +65,22 @@ def table(groups: dict[tuple[str, str, str], list[Run]]) -> str:
 
 
 def peak_cache(run: Run) -> float:
-    """Bytes that the cache of a GRPO step holds at most."""
-    return max(run["grpo"]["curve"]["cache_bytes"])
+    """Bytes that the cache of a GRPO step holds at most: logged under a window, computed for a full cache, which logs none.
+
+    The last token of a completion is never fed back, and a completion is taken to be as long as its solution.
+    """
+    logged = [nbytes for nbytes in run["grpo"]["curve"]["cache_bytes"] if nbytes is not None]
+    if logged:
+        return max(logged)
+    settings = run["settings"]
+    example = make_problems(1, settings["steps"], settings["asked"], torch.Generator())
+    return full_cache_bytes(
+        new_model(settings["layers"]).config,
+        batch=settings["prompts"] * settings["generations"],
+        prompt=example.prompt_ids.shape[1],
+        length=example.completion_ids.shape[1] - 1,
+        itemsize=torch.float32.itemsize,
+    )
 
 
 def _at(run: Run, window: int | None, decoding: str = "sampled") -> Run:

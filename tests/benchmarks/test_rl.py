@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.rl import task
 from benchmarks.rl.evaluate import mean_of_clusters, window_of
-from benchmarks.rl.report import report
+from benchmarks.rl.report import peak_cache, report
 from benchmarks.rl.train import ARMS, Settings, adapt, evict_of
 from peft_pte import PTECache
 from tests.cases import make_base
@@ -167,3 +167,12 @@ def test_quick_runs_and_reports(tmp_path):
         assert {row["window"] for row in result["evaluation"]} >= {result["config"]["cache_window"], None}
     assert report(tmp_path).count("\n") == 1 + len(results)
     assert (tmp_path / "rl.png").stat().st_size > 1000
+
+
+def test_a_full_cache_is_computed_where_none_was_logged():
+    settings = {"steps": 4, "asked": 2, "layers": 2, "prompts": 3, "generations": 5}
+    logged = {"settings": settings, "grpo": {"curve": {"cache_bytes": [1.0, 3.0, None]}}}
+    assert peak_cache(logged) == 3.0
+    full = {"settings": settings, "grpo": {"curve": {"cache_bytes": [None, None]}}}
+    columns = (1 + 1 + 2 * 4 + 1 + 2 + 1) + (3 * 4 + 1 + 2 * 2 + 1 - 1)
+    assert peak_cache(full) == 15 * columns * 2 * 2 * 64 * 4
