@@ -138,7 +138,7 @@ def _curves(axis: Axes, arms: dict[str, list[Run]]) -> None:
     axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
     axis.set(ylim=(0, 1.02), xlim=(0, None))
     if arms:
-        axis.legend(frameon=False, loc="center right")
+        axis.legend(frameon=False, loc=(0.55, 0.62))
 
 
 def _smoothed(values: list[float]) -> list[float]:
