@@ -125,11 +125,11 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
         axis.plot(places, mean, color=f"C{colour}", label=name, marker="o", markersize=3.5)
     layers = arms[0]["settings"]["layers"]
     axis.axvline(layers, color="0.6", linewidth=1, linestyle="--")
-    axis.text(layers, 0.5, " layers x window", color="0.4")
+    axis.text(layers, 0.4, " layers x window", color="0.4")
     axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
     axis.set(xlabel="distance to the fact, in windows", ylabel="facts recalled", ylim=(0, 1.02), xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc=(0.62, 0.2))
     drawing.savefig(path, dpi=130)
     plt.close(drawing)
