@@ -209,7 +209,7 @@ def test_reward_goes_up(tmp_path):
     trainer = make_trainer(
         tmp_path,
         config=pte_config(init_weights=True),
-        max_steps=25,
+        max_steps=60,
         per_device_train_batch_size=16,
         num_generations=16,
         learning_rate=2e-2,
