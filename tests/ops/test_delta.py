@@ -46,6 +46,19 @@ def test_delta(impl, size, dtype, added):
     assert_matches(call, oracle, operands if added else operands[:4], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_state_read_from_its_other_side(impl, dtype):
+    def call(hidden, down, state, up):
+        return delta(hidden, down, state.mT, up, scale=1.7, impl=impl)
+
+    def exact(hidden, down, state, up):
+        return oracle(hidden, down, state.mT, up)
+
+    hidden, down, state, up, _ = make_operands(3, 9, 33, 20, 4, 6)
+    assert_matches(call, exact, [hidden, down, state.mT.contiguous(), up], dtype)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_adapter_in_float32_onto_a_linear_in_bfloat16(impl, autocast):
