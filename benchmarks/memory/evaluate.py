@@ -53,11 +53,11 @@ def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def share(right: Tensor) -> dict[str, float]:
-    """Accuracy, its interval and its n."""
+def share(right: Tensor) -> dict[str, Any]:
+    """Accuracy (``None`` where nothing was asked), its interval and its n."""
     hits, asked = int(right.sum()), right.numel()
     low, high = interval(hits, asked)
-    return {"accuracy": hits / asked if asked else float("nan"), "low": low, "high": high, "n": asked}
+    return {"accuracy": hits / asked if asked else None, "low": low, "high": high, "n": asked}
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     """Write ``result`` to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}-seed-{result['seed']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -96,7 +96,8 @@ def summary(result: dict[str, Any]) -> str:
         *result["evaluation"],
         *(result[c] for c in ("swapped_evictions", "frozen_state") if c in result),
     ]:
-        shares = " ".join(f"{name} {share['accuracy']:.3f}" for name, share in evaluation["buckets"].items())
+        buckets = evaluation["buckets"]
+        shares = " ".join(f"{name} {share['accuracy']:.3f}" for name, share in buckets.items() if share["n"])
         parts.append(f"  T={evaluation['length']}: {shares} running {evaluation['running']['accuracy']:.3f}")
     return "\n".join(parts)
 

@@ -110,7 +110,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, max(0.05, 1 - step / settings.steps))
     )
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, float | None]] = []
     wall, cpu, step = time.perf_counter(), time.process_time(), 0
     for length, steps in settings.stages:
         for _ in range(steps):
@@ -134,7 +134,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
                         "length": length,
                         "loss": float(output.loss.detach()),
                         "recall": float(right.float().mean()),
-                        "beyond_relay": float(right[far].float().mean()) if bool(far.any()) else float("nan"),
+                        "beyond_relay": float(right[far].float().mean()) if bool(far.any()) else None,
                     }
                 )
                 if step % 60 == 0:

@@ -77,7 +77,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     """Write ``result`` to ``folder``, one line per number list."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}-seed-{result['seed']}.json"
-    path.write_text(json.dumps(_rounded(result), indent=None).replace('}, "', '},\n "') + "\n")
+    path.write_text(json.dumps(_rounded(result), allow_nan=False).replace('}, "', '},\n "') + "\n")
     return path
 
 
@@ -93,7 +93,8 @@ def summary(result: dict[str, Any]) -> str:
         *result["evaluation"],
         *(result[name] for name in ("swapped_evictions", "frozen_state") if name in result),
     ]:
-        shares = " ".join(f"{key} {row[key]['accuracy']:.3f}" for key in ("reward", "exact", "in_window", "evicted"))
+        shown = [key for key in ("reward", "exact", "in_window", "evicted") if row[key]["n"]]
+        shares = " ".join(f"{key} {row[key]['accuracy']:.3f}" for key in shown)
         lines.append(f"  window {row['window']} {row['decoding']}: {shares}")
     return "\n".join(lines)
 

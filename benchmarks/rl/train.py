@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ARMS: dict[str, dict[str, Any]] = {
     "lora-full": {"state_update": "off", "cache_window": None},
     "lora": {"state_update": "off"},
-    "global-only": {"state_update": "frozen"},
+    "global-only": {"state_address": "key", "state_update": "frozen"},
     "pte": {"state_address": "key"},
 }
 # Supervised steps of the adapter under its own cache, before GRPO.
@@ -100,7 +100,7 @@ def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, max(0.1, 1 - step / steps))
     )
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, float | None]] = []
     began = time.perf_counter()
     model.train()
     for step in range(1, steps + 1):
@@ -121,10 +121,10 @@ def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
                     "loss": float(output.loss.detach()),
                     "tokens": float(tokens.float().mean()),
                     "answers": float(answers.float().mean()),
-                    "evicted": float(answers[evicted].float().mean()),
+                    "evicted": float(answers[evicted].float().mean()) if bool(evicted.any()) else None,
                 }
             )
-            log.info("%s warm-up %s", settings.arm, {key: round(value, 3) for key, value in curve[-1].items()})
+            log.info("%s warm-up %s", settings.arm, curve[-1])
     return {"curve": curve, "seconds": time.perf_counter() - began}
 
 
