@@ -84,9 +84,10 @@ def test_checkpoint_keys_are_the_file_format(family, tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("address", ["value", "key"])
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_save_and_load(family, low_cpu_mem_usage, tmp_path):
-    model = make_pte(family)
+def test_save_and_load(family, address, low_cpu_mem_usage, tmp_path):
+    model = make_pte(family, state_address=address)
     batch, expected = scored(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(same_base(family), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -156,11 +157,12 @@ def test_config_survives_the_file(tmp_path):
     assert {name: getattr(config, name) for name in fields} == fields
 
 
-def test_several_adapters(tmp_path):
+@pytest.mark.parametrize("address", ["value", "key"])
+def test_several_adapters(address, tmp_path):
     model = make_pte()
     batch, first = scored(model)
     torch.manual_seed(7)
-    model.add_adapter("other", PTEConfig(task_type="CAUSAL_LM", **SMALL))
+    model.add_adapter("other", PTEConfig(task_type="CAUSAL_LM", **SMALL, state_address=address))
     with torch.no_grad():
         assert torch.equal(thought_logits(model, batch), first)
         model.set_adapter("other")
@@ -185,9 +187,11 @@ def test_several_adapters(tmp_path):
             assert_close(disabled, base(**batch).logits[:, 5:-1])
 
 
-def test_adapters_may_have_other_settings():
+@pytest.mark.parametrize("address", ["value", "key"])
+def test_adapters_may_have_other_settings(address):
     model = make_pte()
-    model.add_adapter("wide", PTEConfig(task_type="CAUSAL_LM", r=6, num_global_tokens=3, cache_window=12))
+    wide = {"r": 6, "num_global_tokens": 3, "cache_window": 12, "state_address": address}
+    model.add_adapter("wide", PTEConfig(task_type="CAUSAL_LM", **wide))
     model.set_adapter("wide")
     rollout = roll_out(model, make_prompts(), 30)
     batch = rollout.truncated(30)

@@ -17,12 +17,14 @@ from .task import BOS, EOS, PAD, WORDS, Problems, make_problems, share_right, wo
 CHECKPOINTS = ROOT / "outputs" / "rl"
 # (steps of a problem, questions, most optimizer steps): the table and recall are learned on short traces, then stretched. The
 # model is for the last length alone: a last stage of mixed lengths (4 to 16 steps) took twice as long and ended at 42 % right.
-# A stage ends when the mean share of right answers of its last 25 batches is good enough.
+# A stage ends when the mean share of right answers of its last 25 batches is good enough; the last one when that of tokens is,
+# too: a generation follows its own trace, so a state that is wrong once is wrong from there on.
 STAGES = ((4, 2, 1500), (8, 4, 800), (12, 6, 600), (16, 6, 800))
 BATCH_TOKENS = 6144
 LEARNING_RATE = 3e-3
 DECAY_STEPS = 2500
 GOOD_ENOUGH = 0.99
+TOKENS_GOOD_ENOUGH = 0.999
 ENOUGH = 0.97
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
     )
     done, began = 0, time.perf_counter()
     for steps, asked, most in STAGES:
-        recent: deque[float] = deque(maxlen=25)
+        recent: deque[tuple[float, float]] = deque(maxlen=25)
+        last = (steps, asked, most) == STAGES[-1]
         for _ in range(most):
             problems = make_problems(BATCH_TOKENS // (5 * steps + 3 * asked + 5), steps, asked, generator)
             output = model(problems.input_ids().to(device), labels=problems.labels().to(device), use_cache=False)
@@ -80,14 +83,15 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
             schedule.step()
             done += 1
             tokens, answers = hits(output.logits.detach(), problems)
-            recent.append(float(answers.float().mean()))
-            mean = sum(recent) / len(recent)
+            recent.append((float(answers.float().mean()), float(tokens.float().mean())))
+            mean, mean_tokens = (sum(shares) / len(recent) for shares in zip(*recent, strict=True))
             if done % 100 == 0:
                 log.info(
                     "SFT step %d (%d steps a problem): loss %.3f, tokens right %.3f, answers right %.3f, %.0f s",
                     *(done, steps, output.loss.detach(), tokens.float().mean(), mean, time.perf_counter() - began),
                 )
-            if len(recent) == recent.maxlen and mean > GOOD_ENOUGH:
+            fluent = mean_tokens > TOKENS_GOOD_ENOUGH or not last
+            if len(recent) == recent.maxlen and mean > GOOD_ENOUGH and fluent:
                 break
     model.eval()
     if (right := solved(model, seed)) < ENOUGH:

@@ -53,13 +53,13 @@ def shard(model):
     return fsdp2_prepare_model(accelerator, model)
 
 
-def work(rank, port, checkpointing):
+def work(rank, port, checkpointing, address):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     base = make_trl_base("qwen2")
     add_fused_lm_head(base)
-    model = get_peft_model(base, pte_config())
+    model = get_peft_model(base, pte_config(state_address=address))
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -94,9 +94,9 @@ def work(rank, port, checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sharded_scores_gradients_and_generations_are_those_of_whole_weights(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "address"), [(False, "value"), (True, "value"), (True, "key")])
+def test_sharded_scores_gradients_and_generations_are_those_of_whole_weights(checkpointing, address):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, args=(port, checkpointing), nprocs=2)
+    multiprocessing.spawn(work, args=(port, checkpointing, address), nprocs=2)

@@ -94,6 +94,8 @@ def first_log_ratio(trainer, monkeypatch):
         ("qwen3", {}, {}),
         ("llama", {"cache_implementation": "static"}, {"offload": True}),
         ("qwen3", {"cache_implementation": "static"}, {"recompute_layers": False}),
+        ("gpt2", {}, {"state_address": "key"}),
+        ("qwen3", {"cache_implementation": "static"}, {"state_address": "key", "offload": True}),
     ],
     ids=str,
 )
@@ -183,11 +185,12 @@ def test_an_already_wrapped_model_gets_a_reference_adapter(tmp_path):
     assert all(torch.equal(weights[name], reference[name]) for name in copies)
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("address", ["value", "key"])
+def test_resumed_run_equals_the_uninterrupted_one(address, tmp_path):
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
-    whole = make_trainer(tmp_path / "whole", config=pte_config(), **fields)
+    whole = make_trainer(tmp_path / "whole", config=pte_config(state_address=address), **fields)
     whole.train()
-    resumed = make_trainer(tmp_path / "whole", config=pte_config(), **fields)
+    resumed = make_trainer(tmp_path / "whole", config=pte_config(state_address=address), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-4, abs=1e-7)
     for name, parameter in trainable(whole.model).items():

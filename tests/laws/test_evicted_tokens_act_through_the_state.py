@@ -50,9 +50,10 @@ def logits_with_other_first_thought(model):
         return [thought_logits(model, part)[:, WINDOW + 1 :] for part in (batch, other)]
 
 
+@pytest.mark.parametrize("address", ["value", "key"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_one_layer_an_evicted_token_changes_what_comes_after(family):
-    model = make_pte(family, model=ONE_LAYER.get(family, {"num_hidden_layers": 1}))
+def test_in_one_layer_an_evicted_token_changes_what_comes_after(family, address):
+    model = make_pte(family, model=ONE_LAYER.get(family, {"num_hidden_layers": 1}), state_address=address)
     one, other = logits_with_other_first_thought(model)
     assert (one - other).abs().amax(dim=(1, 2)).min() > 1e-4
 

@@ -34,7 +34,9 @@ def test_gradient_checkpointing(family, dtype, backprop):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}], ids=str
+    "fields",
+    [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}, {"state_address": "key"}],
+    ids=str,
 )
 def test_gradient_checkpointing_of_variants(fields):
     model = make_pte("llama", **fields)
@@ -109,7 +111,9 @@ def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
     assert_same_gradients(actual, expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"eviction": "key_diff"}, {"backprop_through_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"eviction": "key_diff"}, {"backprop_through_cache": False}, {"state_address": "key"}], ids=str
+)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("recompute_layers", [False, True])
 @pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
@@ -124,22 +128,24 @@ def test_what_is_kept_for_the_backward_pass(family, recompute_layers, offload, f
     assert_same_gradients(actual, expected)
 
 
+@pytest.mark.parametrize("address", ["value", "key"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_micro_batch_or_several(family):
-    model = make_pte(family)
+def test_one_micro_batch_or_several(family, address):
+    model = make_pte(family, state_address=address)
     batch = roll_out(model, make_prompts((6, 3, 5, 6)), 3 * WINDOW).truncated(3 * WINDOW)
     expected, _ = gradients(model, batch)
     halves = [gradients(model, {name: part[rows] for name, part in batch.items()})[0] for rows in ([0, 1], [2, 3])]
     assert_same_gradients({name: (halves[0][name] + halves[1][name]) / 2 for name in expected}, expected)
 
 
+@pytest.mark.parametrize("address", ["value", "key"])
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_triton_or_reference(family):
+def test_triton_or_reference(family, address):
     # Under the interpreter where there is no GPU.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for impl in ("reference", "triton"):
-        model = make_pte(family, impl=impl).to(device)
+        model = make_pte(family, impl=impl, state_address=address).to(device)
         prompts = {name: part.to(device) for name, part in make_prompts((3, 2)).items()}
         torch.manual_seed(3)
         ids = torch.randint(1, 60, (2, 2 * WINDOW), device=device)

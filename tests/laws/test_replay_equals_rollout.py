@@ -27,6 +27,15 @@ def test_replay_equals_rollout(family, dtype, eviction):
         assert_close(scored.to(expected.dtype), expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_found_by_key(family):
+    model = make_pte(family, state_address="key")
+    rollout = roll_out(model, make_prompts(), LENGTHS["far above"])
+    for length in LENGTHS.values():
+        with torch.no_grad():
+            assert_close(thought_logits(model, rollout.truncated(length)), rollout.logits[:, :length])
+
+
 @pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_float64_replay_is_exact_to_float64(family):
     model = make_pte(family, dtype=torch.float64)
