@@ -101,6 +101,16 @@ def full_cache_bytes(config: Any, rows: int, tokens: int, dtype: torch.dtype) ->
     return cache_bytes(cache)
 
 
+def log_full_cache(
+    log_metric: Any, model: Any, tokenizer: Any, prompts: list[Any], completion_ids: list[list[int]]
+) -> None:
+    """Log ``full_cache_bytes``, what the model's own cache would hold of these conversations, by a reward's ``log_metric``."""
+    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    # The last token of a completion is never fed back.
+    columns = max(map(len, encoded)) + max(map(len, completion_ids)) - 1
+    log_metric("full_cache_bytes", float(full_cache_bytes(model.config, len(prompts), columns, model.dtype)))
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes that a cache holds."""
     if isinstance(cache, peft_pte.PTECache):

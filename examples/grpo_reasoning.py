@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from common import SMOLLM2, ask, full_cache_bytes, load_model, make_task, verify
+from common import SMOLLM2, ask, load_model, log_full_cache, make_task, verify
 from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import GRPOConfig, GRPOTrainer
@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rank", type=int, default=16)
     add("--num-global-tokens", type=int, default=16)
     add("--state-update", default="progressive", choices=["progressive", "frozen", "off"], help="PTE or its ablations")
+    add("--state-address", default="key", choices=["key", "value"], help="what a token that left is found by")
     add("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -65,7 +66,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_reward(task: Any, model: Any, tokenizer: Any, min_thought: int) -> Any:
     """The task's verifier on answers that come after enough thought; it also logs what a full cache would hold."""
-    config, dtype = model.config, model.dtype
 
     def reward(
         prompts: list[Any],
@@ -75,10 +75,7 @@ def make_reward(task: Any, model: Any, tokenizer: Any, min_thought: int) -> Any:
         log_metric: Any,
         **kwargs: Any,
     ) -> list[float]:
-        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-        # The last token of a completion is never fed back.
-        columns = max(map(len, encoded)) + max(map(len, completion_ids)) - 1
-        log_metric("full_cache_bytes", float(full_cache_bytes(config, len(prompts), columns, dtype)))
+        log_full_cache(log_metric, model, tokenizer, prompts, completion_ids)
         return [
             verify(task, task[index], messages[-1]["content"]) if len(ids) >= min_thought else 0.0
             for messages, ids, index in zip(completions, completion_ids, problem, strict=True)
@@ -103,6 +100,7 @@ def main() -> None:
             num_global_tokens=args.num_global_tokens,
             cache_window=args.cache_window,
             state_update=args.state_update,
+            state_address=args.state_address,
         ),
         reward_funcs=make_reward(task, model, tokenizer, args.min_thought),
         train_dataset=Dataset.from_list(rows),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..small import add_run_options
 from .run import ABLATIONS, RESULTS, run, save, settings_for, summary
 from .train import ARMS
 
@@ -17,13 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="adapt and evaluate one arm, or several")
-    runner.add_argument("--arm", nargs="+", choices=list(ARMS), default=["pte"])
-    runner.add_argument("--seed", nargs="+", type=int, default=[0])
+    add_run_options(runner, ARMS, RESULTS)
     runner.add_argument("--ablation", nargs="+", choices=list(ABLATIONS), default=[None])
     runner.add_argument("--short", action="store_true", help="traces of 96 thoughts, fewer steps")
-    runner.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    runner.add_argument("--threads", type=int, default=None, help="threads of torch on a CPU")
-    runner.add_argument("--output", type=Path, default=RESULTS)
     reporter = commands.add_parser("report", help="tables and the figure from the results")
     reporter.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ..machine import ROOT
+from ..small import Training, kept, small_llama
 from .task import BOS, PAD, VOCABULARY, Traces, make_traces
 
 CHECKPOINTS = ROOT / "outputs" / "memory"
@@ -18,7 +19,6 @@ CHECKPOINTS = ROOT / "outputs" / "memory"
 # over longer ones. A stage ends when the mean recall of its last 25 batches is good enough.
 STAGES = ((48, 4000), (96, 800), (240, 600))
 BATCH_TOKENS = 6144
-LEARNING_RATE = 3e-3
 DECAY_STEPS = 2300
 GOOD_ENOUGH = 0.99
 ENOUGH = 0.97
@@ -27,22 +27,8 @@ log = logging.getLogger(__name__)
 
 
 def new_model(layers: int = 2) -> LlamaForCausalLM:
-    """A Llama of width 64 with random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            bos_token_id=BOS,
-            eos_token_id=None,
-            pad_token_id=PAD,
-            tie_word_embeddings=False,
-        )
-    )
+    """A small Llama of this vocabulary."""
+    return small_llama(VOCABULARY, layers, 2048, bos=BOS, eos=None, pad=PAD)
 
 
 def recall(logits: Tensor, traces: Traces) -> Tensor:
@@ -69,21 +55,14 @@ def pretrain(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausalL
     torch.manual_seed(seed)
     model = new_model(layers).to(device).train()
     generator = torch.Generator().manual_seed(1000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, max(0.2, 1 - step / DECAY_STEPS))
-    )
+    training = Training(model.parameters(), rise=50, decay=DECAY_STEPS, floor=0.2, weight_decay=0.01, betas=(0.9, 0.98))
     step = 0
     for length, most in STAGES:
         recent: deque[float] = deque(maxlen=25)
         for _ in range(most):
             traces = make_traces(BATCH_TOKENS // length, length, generator).to(device)
             output = model(traces.input_ids, labels=traces.predictable, use_cache=False)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            training.step(output.loss)
             step += 1
             recent.append(float(recall(output.logits.detach(), traces).float().mean()))
             mean = sum(recent) / len(recent)
@@ -107,7 +86,4 @@ def pretrain(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausalL
 
 def base_model(seed: int, layers: int = 2, device: str = "cpu", folder: Path = CHECKPOINTS) -> LlamaForCausalLM:
     """The pretrained model of ``seed``, from ``folder`` if it is there."""
-    path = folder / f"base-{layers}-layers-seed-{seed}"
-    if not (path / "config.json").exists():
-        pretrain(seed, layers, device).save_pretrained(path)
-    return LlamaForCausalLM.from_pretrained(path).to(device)
+    return kept(folder / f"base-{layers}-layers-seed-{seed}", lambda: pretrain(seed, layers, device), device)

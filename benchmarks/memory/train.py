@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_pte import PTEConfig
 
+from ..small import Training
 from .model import recall
 from .task import PROMPT, Traces, make_traces
 from .variants import install
@@ -106,10 +107,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
     exact = config.backprop_through_cache
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(2000 + seed)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, max(0.05, 1 - step / settings.steps))
-    )
+    training = Training(parameters, rate=settings.learning_rate, rise=20, decay=settings.steps, floor=0.05)
     curve: list[dict[str, float | None]] = []
     wall, cpu, step = time.perf_counter(), time.process_time(), 0
     for length, steps in settings.stages:
@@ -119,11 +117,7 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
                 active.backprop_through_cache = exact and step >= settings.detached_steps
             traces = make_traces(settings.batch, length, generator).to(device)
             output = model(input_ids=traces.input_ids, labels=labels_of(traces, settings.loss_on), prompt_length=PROMPT)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            training.step(output.loss)
             step += 1
             if step % 20 == 0 or step == settings.steps:
                 far = traces.distance > settings.layers * settings.window

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.common import full_cache_bytes
+from examples.common import log_full_cache
 from peft_pte.integrations.trl import PTECallback
 
 from .rollouts import Watch, peak_bytes, reset_peak
@@ -52,7 +52,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 def make_reward(problems: Problems, model: Any, tokenizer: Any, min_thought: int) -> Any:
     """1 for a right answer after ``min_thought`` tokens or more, else 0."""
-    config, dtype = model.config, model.dtype
 
     def solved(
         prompts: list[Any],
@@ -62,10 +61,7 @@ def make_reward(problems: Problems, model: Any, tokenizer: Any, min_thought: int
         log_metric: Any,
         **kwargs: Any,
     ) -> list[float]:
-        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-        # The last token of a completion is never fed back.
-        columns = max(map(len, encoded)) + max(map(len, completion_ids)) - 1
-        log_metric("full_cache_bytes", float(full_cache_bytes(config, len(prompts), columns, dtype)))
+        log_full_cache(log_metric, model, tokenizer, prompts, completion_ids)
         right = [
             problems.right(index, messages[-1]["content"]) for messages, index in zip(completions, problem, strict=True)
         ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..small import add_run_options
 from .model import CHECKPOINTS, base_model
 from .run import RESULTS, name_of, run, save, settings_for, summary
 from .train import ARMS, PROTOCOLS
@@ -21,9 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="train and evaluate one arm, or several")
+    add_run_options(runner, ARMS, RESULTS)
     add = runner.add_argument
-    add("--arm", nargs="+", choices=list(ARMS), default=["pte"])
-    add("--seed", nargs="+", type=int, default=[0])
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["warm"], help="GRPO at once, or after a short SFT")
     add("--set", nargs="+", type=_assignment, default=[], metavar="FIELD=VALUE", help="fields of PTEConfig")
     add(
@@ -37,9 +37,6 @@ def main() -> None:
     add("--variant", default=None, help="another update of the state, from benchmarks/memory/variants.py")
     add("--suffix", default=None, help="of the run's name; default: what --set and --setting say")
     add("--quick", action="store_true", help="a few small steps, to see that everything runs")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=None, help="threads of torch on a CPU")
-    add("--output", type=Path, default=RESULTS)
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="where base models are kept")
     reporter = commands.add_parser("report", help="the table and the figure from the results")
     reporter.add_argument("--results", type=Path, default=RESULTS)

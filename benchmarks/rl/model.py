@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ..machine import ROOT
+from ..small import Training, kept, small_llama
 from .task import BOS, EOS, PAD, WORDS, Problems, make_problems, share_right, words
 
 CHECKPOINTS = ROOT / "outputs" / "rl"
@@ -21,7 +22,6 @@ CHECKPOINTS = ROOT / "outputs" / "rl"
 # too: a generation follows its own trace, so a state that is wrong once is wrong from there on.
 STAGES = ((4, 2, 1500), (8, 4, 800), (12, 6, 600), (16, 6, 800))
 BATCH_TOKENS = 6144
-LEARNING_RATE = 3e-3
 DECAY_STEPS = 2500
 GOOD_ENOUGH = 0.99
 TOKENS_GOOD_ENOUGH = 0.999
@@ -31,22 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def new_model(layers: int = 2) -> LlamaForCausalLM:
-    """A Llama of width 64 with random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=1024,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-            tie_word_embeddings=False,
-        )
-    )
+    """A small Llama of this vocabulary."""
+    return small_llama(len(WORDS), layers, 1024, bos=BOS, eos=EOS, pad=PAD)
 
 
 def hits(logits: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
@@ -65,10 +51,7 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
     torch.manual_seed(seed)
     model = new_model(layers).to(device).train()
     generator = torch.Generator().manual_seed(1000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, max(0.1, 1 - step / DECAY_STEPS))
-    )
+    training = Training(model.parameters(), rise=50, decay=DECAY_STEPS, floor=0.1, weight_decay=0.01, betas=(0.9, 0.98))
     done, began = 0, time.perf_counter()
     for steps, asked, most in STAGES:
         recent: deque[tuple[float, float]] = deque(maxlen=25)
@@ -76,11 +59,7 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
         for _ in range(most):
             problems = make_problems(BATCH_TOKENS // (5 * steps + 3 * asked + 5), steps, asked, generator)
             output = model(problems.input_ids().to(device), labels=problems.labels().to(device), use_cache=False)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            training.step(output.loss)
             done += 1
             tokens, answers = hits(output.logits.detach(), problems)
             recent.append((float(answers.float().mean()), float(tokens.float().mean())))
@@ -116,7 +95,4 @@ def solved(model: LlamaForCausalLM, seed: int, batch: int = 256) -> float:
 
 def base_model(seed: int, layers: int = 2, device: str = "cpu", folder: Path = CHECKPOINTS) -> LlamaForCausalLM:
     """The base model of ``seed``, from ``folder`` if it is there."""
-    path = folder / f"base-{layers}-layers-seed-{seed}"
-    if not (path / "config.json").exists():
-        train_base(seed, layers, device).save_pretrained(path)
-    return LlamaForCausalLM.from_pretrained(path).to(device)
+    return kept(folder / f"base-{layers}-layers-seed-{seed}", lambda: train_base(seed, layers, device), device)

@@ -18,6 +18,7 @@ from peft_pte import PTEConfig
 from peft_pte.integrations.trl import PTECallback
 
 from ..memory.variants import install
+from ..small import Training
 from .model import hits
 from .task import exact, make_problems, make_tokenizer, share_right, words
 from .watch import RolloutWatch
@@ -95,11 +96,8 @@ def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
     device = model.get_base_model().device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(2000 + seed)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.warm_learning_rate, weight_decay=0.0)
     steps = settings.supervised_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, max(0.1, 1 - step / steps))
-    )
+    training = Training(parameters, rate=settings.warm_learning_rate, rise=20, decay=steps, floor=0.1)
     curve: list[dict[str, float | None]] = []
     began = time.perf_counter()
     model.train()
@@ -107,11 +105,7 @@ def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
         problems = make_problems(settings.warm_batch, settings.steps, settings.asked, generator)
         ids = problems.input_ids().to(device)
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=problems.labels().to(device))
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        training.step(output.loss)
         if step % 20 == 0 or step == steps:
             tokens, answers = hits(output.logits.detach(), problems)
             evicted = ~problems.held(settings.window, evict_of(settings.window))

@@ -44,7 +44,12 @@ def short_name(name: str) -> str:
 
 
 def adapter_config(
-    arm: str, *, rank: int = RANK, num_global_tokens: int = GLOBAL_TOKENS, cache_window: int = CACHE_WINDOW
+    arm: str,
+    *,
+    rank: int = RANK,
+    num_global_tokens: int = GLOBAL_TOKENS,
+    cache_window: int = CACHE_WINDOW,
+    state_address: str = "value",
 ) -> PeftConfig:
     """What ``GRPOTrainer(peft_config=...)`` is given for an arm; all arms adapt the same linears at the same scale.
 
@@ -63,4 +68,5 @@ def adapter_config(
         cache_window=cache_window,
         evict_ratio=EVICT_RATIO,
         state_update=STATE_UPDATE[arm],
+        state_address=state_address,
     )

@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-window", type=int, default=CACHE_WINDOW, help="thoughts the cache holds; of no meaning to --arm lora")
     add("--rank", type=int, default=RANK)
     add("--num-global-tokens", type=int, default=GLOBAL_TOKENS)
+    add("--state-address", default="value", choices=["value", "key"], help="key remembers more: docs/evidence.md")
     add("--learning-rate", type=float, default=LEARNING_RATE)
     add("--max-steps", type=int, default=-1, help="-1: one epoch")
     add("--save-steps", type=int, default=20)
@@ -172,7 +173,11 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_name(args.model), dtype=args.dtype),
         peft_config=adapter_config(
-            args.arm, rank=args.rank, num_global_tokens=args.num_global_tokens, cache_window=args.cache_window
+            args.arm,
+            rank=args.rank,
+            num_global_tokens=args.num_global_tokens,
+            cache_window=args.cache_window,
+            state_address=args.state_address,
         ),
         reward_funcs=correctness,
         train_dataset=load_problems(args.dataset, tokenizer, args.max_prompt_length),

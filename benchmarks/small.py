@@ -1,0 +1,79 @@
+"""What the benchmarks on small models trained from scratch share: the model, its optimizer, where it is kept, their options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LEARNING_RATE = 3e-3
+
+
+def small_llama(
+    vocabulary: int, layers: int, positions: int, *, bos: int, eos: int | None, pad: int
+) -> LlamaForCausalLM:
+    """A Llama of width 64 with 4 heads and random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=positions,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+class Training:
+    """AdamW with clipped gradients; the learning rate rises linearly, then falls linearly to a floor."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        rate: float = LEARNING_RATE,
+        rise: int,
+        decay: int,
+        floor: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.parameters = list(parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=weight_decay, betas=betas)
+        self.schedule = LambdaLR(self.optimizer, lambda step: min((step + 1) / rise, max(floor, 1 - step / decay)))
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Follow the gradient of ``loss``."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+
+def kept(path: Path, make: Callable[[], LlamaForCausalLM], device: str) -> LlamaForCausalLM:
+    """The model at ``path``, made and saved there if it is not."""
+    if not (path / "config.json").exists():
+        make().save_pretrained(path)
+    return LlamaForCausalLM.from_pretrained(path).to(device)
+
+
+def add_run_options(runner: argparse.ArgumentParser, arms: Iterable[str], output: Path) -> None:
+    """Options of every `run`."""
+    add = runner.add_argument
+    add("--arm", nargs="+", choices=list(arms), default=["pte"])
+    add("--seed", nargs="+", type=int, default=[0])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=None, help="threads of torch on a CPU")
+    add("--output", type=Path, default=output)
