@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--seed", nargs="+", type=int, help="default: 0; with --long 0 1 2")
     form = runner.add_mutually_exclusive_group()
     form.add_argument("--quick", dest="form", action="store_const", const="quick", help="two steps: everything runs")
+    form.add_argument("--roomy", dest="form", action="store_const", const="roomy", help="at most 96 tokens of thought")
     form.add_argument("--long", dest="form", action="store_const", const="long", help="for a GPU")
     runner.set_defaults(form="default")
     runner.add_argument("--set", nargs="+", type=parse_field, default=[], metavar="FIELD=VALUE", help="of PTEConfig")
