@@ -17,7 +17,7 @@ from peft_pte import PTEConfig
 from ..small import Training
 from .model import recall
 from .task import PROMPT, Traces, make_traces
-from .variants import install
+from .variants import install, share_state
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class Settings:
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
     variant: str | None = None
     """A change to the method itself, by its name in `variants.VARIANTS`."""
+    shared_layer: int | None = None
+    """The layer whose state all layers read; ``None``: each its own."""
     stages: tuple[tuple[int, int], ...] = ((96, 400), (162, 150))
     """(thoughts, steps), short traces before long ones."""
     detached_steps: int = 0
@@ -104,6 +106,8 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
     model = get_peft_model(base, config).train()
     if settings.variant is not None:
         install(model, settings.variant, config)
+    if settings.shared_layer is not None:
+        share_state(model, settings.shared_layer)
     exact = config.backprop_through_cache
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(2000 + seed)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from peft_pte import PTEConfig
 from peft_pte.encoder import PTEEncoder
+from peft_pte.layer import PTELinear
 from peft_pte.ops.encode.reference import normalize_rows
 from peft_pte.state import Evicted
 
@@ -185,3 +186,10 @@ def install(model: nn.Module, name: str, config: PTEConfig) -> None:
             module.by_key = config.state_address == "key"
             module.prepare(settings.rank, settings.num_queries)
             module.to(module.beside.device)
+
+
+def share_state(model: nn.Module, layer_index: int) -> None:
+    """Let the adapters of all layers read the state of layer ``layer_index``; the other encoders are out of use."""
+    for module in model.modules():
+        if isinstance(module, PTELinear):
+            module.layer_index = layer_index

@@ -9,7 +9,7 @@ from benchmarks.memory.evaluate import evaluate, frozen_state, swapped_evictions
 from benchmarks.memory.model import new_model
 from benchmarks.memory.task import ASK, EQUALS, PROMPT, held, make_traces
 from benchmarks.memory.train import Settings
-from benchmarks.memory.variants import VARIANTS, Delta, install
+from benchmarks.memory.variants import VARIANTS, Delta, install, share_state
 
 
 def test_every_question_asks_for_a_fact_stated_before():
@@ -49,6 +49,20 @@ def test_variants_learn_from_what_left(name, arm):
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert all(weight.grad is not None and bool(weight.grad.isfinite().all()) for weight in trained.values())
     assert all(bool(weight.grad.any()) for name, weight in trained.items() if "thought_encoder" in name)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_shared_state_is_that_of_one_layer(shared):
+    torch.manual_seed(0)
+    config = Settings(window=8, rank=4, global_tokens=4, overrides={"init_weights": False}).config()
+    model = get_peft_model(new_model(), config)
+    share_state(model, shared)
+    traces = make_traces(2, 48, torch.Generator().manual_seed(0))
+    model(input_ids=traces.input_ids, labels=traces.answers, prompt_length=PROMPT).loss.backward()
+    used = {
+        name.split(".layers.")[1][0] for name, w in model.named_parameters() if "pte_key" in name and w.grad is not None
+    }
+    assert used == {str(shared)}
 
 
 @pytest.mark.parametrize("by_key", [True, False])
