@@ -14,6 +14,7 @@ import reasoning_gym
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 import peft_pte
@@ -49,11 +50,16 @@ def smollm2_folder() -> Path:
     return folder
 
 
+def processes() -> PartialState:
+    """The processes of this run; the first call joins them, on CPUs too, where accelerate has to be told."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     """The base model and its tokenizer; ``name`` is a hub id, a local folder, or SmolLM2-135M-Instruct."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         path = str(smollm2_folder()) if name == SMOLLM2 else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

@@ -18,8 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from common import SMOLLM2, ask, load_model, log_full_cache, make_task, verify
+from common import SMOLLM2, ask, load_model, log_full_cache, make_task, processes, verify
 from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import GRPOConfig, GRPOTrainer
@@ -131,7 +130,7 @@ def main() -> None:
         "pte/evictions_per_sequence": "evictions {:.1f}",
     }
     seconds = train(trainer, shown, args.resume)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         history = trainer.state.log_history
         summary = summarize(history)
         write_report(

@@ -16,7 +16,7 @@ import peft
 import torch
 import transformers
 import trl
-from accelerate import PartialState
+from common import processes
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt
 def prepare_output(folder: Path, resume: bool) -> None:
     """Keep the checkpoints of an interrupted run for ``--resume``; those of a finished run make room for a new one."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if resume or not PartialState().is_main_process:
+    if resume or not processes().is_main_process:
         return
     if checkpoints and not (folder / "report.json").exists():
         raise ValueError(
@@ -83,6 +83,7 @@ def write_report(
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (peft_pte, torch, transformers, peft, trl)},
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "processes": processes().num_processes,
         **figures,
         "history": rows,
     }

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from common import SMOLLM2, ask, load_model, make_task, verify
+from common import SMOLLM2, ask, load_model, make_task, processes, verify
 from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import SFTConfig, SFTTrainer
@@ -139,7 +138,7 @@ def main() -> None:
     }
     seconds = train(trainer, shown, args.resume)
     after = accuracy(solver, tokenizer, task, held_out)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         write_report(
             args.output_dir,
             f"Supervised warm-up with PTE: {Path(args.model).name}, chain_sum, window {args.cache_window}",

@@ -32,10 +32,13 @@ def check_report(folder):
 
 
 def test_two_processes(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    run(*launch, *options, "examples/grpo_reasoning.py", "--short", "--max-steps", 2, "--output-dir", tmp_path)
-    assert "evictions_per_sequence" in json.dumps(check_report(tmp_path))
+    # On a CPU `accelerate launch --num_processes 2` starts one process.
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
+    options = ["--short", "--max-steps", 2, "--output-dir", tmp_path]
+    run(*launch, "examples/grpo_reasoning.py", *options, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    report = check_report(tmp_path)
+    assert report["processes"] == 2
+    assert "evictions_per_sequence" in json.dumps(report)
 
 
 def test_grpo_is_resumed_and_its_adapter_generates(tmp_path):
