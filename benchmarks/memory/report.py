@@ -90,12 +90,15 @@ def _ablations(results: list[dict[str, Any]]) -> str:
     names = sorted({result["name"] for result in others}, key=lambda name: (name != "pte", name))
     if len(names) < 2:
         return ""
+    # Seeds have base models of their own: the default is compared on those that were ablated.
+    seeds = {result["seed"] for result in others if result["name"] != "pte"}
+    others = [result for result in others if result["seed"] in seeds]
     parts = []
     for index, evaluation in enumerate(others[0]["evaluation"]):
         rows = []
         for name in names:
             found = [result for result in others if result["name"] == name]
-            label = name.removeprefix("pte-") if name != "pte" else "default"
+            label = name.removeprefix("pte-") if name != "pte" else "none"
             rows.append(_row(label, [result["evaluation"][index] for result in found], [r["seed"] for r in found]))
         parts.append(
             f"**One change at a time, traces of {evaluation['length']} thoughts.**\n\n" + _table(rows, "change")
