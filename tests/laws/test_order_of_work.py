@@ -138,14 +138,16 @@ def test_one_micro_batch_or_several(family, address):
     assert_same_gradients({name: (halves[0][name] + halves[1][name]) / 2 for name in expected}, expected)
 
 
-@pytest.mark.parametrize("address", ["value", "key"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"state_address": "key"}, {"state_address": "key", "encoder_attention": "softmax"}], ids=str
+)
 @pytest.mark.parametrize("family", TWO_FAMILIES)
-def test_triton_or_reference(family, address):
+def test_triton_or_reference(family, fields):
     # Under the interpreter where there is no GPU.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for impl in ("reference", "triton"):
-        model = make_pte(family, impl=impl, state_address=address).to(device)
+        model = make_pte(family, impl=impl, **fields).to(device)
         prompts = {name: part.to(device) for name, part in make_prompts((3, 2)).items()}
         torch.manual_seed(3)
         ids = torch.randint(1, 60, (2, 2 * WINDOW), device=device)

@@ -27,9 +27,10 @@ def test_replay_equals_rollout(family, dtype, eviction):
         assert_close(scored.to(expected.dtype), expected)
 
 
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_found_by_key(family):
-    model = make_pte(family, state_address="key")
+def test_found_by_key(family, attention):
+    model = make_pte(family, state_address="key", encoder_attention=attention)
     rollout = roll_out(model, make_prompts(), LENGTHS["far above"])
     for length in LENGTHS.values():
         with torch.no_grad():
