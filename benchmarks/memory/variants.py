@@ -25,6 +25,8 @@ class VariantEncoder(PTEEncoder):
     _updating = False
     by_key = False
     """Whether adapters find tokens by their scores (``state_address="key"``) or by their values."""
+    normalized_reading = False
+    """Whether adapters read the state through the norm of its rows."""
 
     def prepare(self, rank: int, queries: int) -> None:
         """Make the parameters of the variant."""
@@ -55,6 +57,14 @@ class VariantEncoder(PTEEncoder):
         scores = functional.linear(projected, query) / math.sqrt(query.shape[-1])
         gain = self.settings[adapter_name].gain
         return self.update(state, scores, told, torch.cat([projected, told], dim=-1), gain)
+
+
+class NormalizedReading(PTELinear):
+    """A linear whose adapters read ``Norm(S)``."""
+
+    def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+        x, state = super()._by_sequence(x, adapter)
+        return x, normalize_rows(state.mT).mT if self.by_key[adapter] else normalize_rows(state)
 
 
 def mean_product(scores: Tensor, values: Tensor) -> Tensor:
@@ -117,6 +127,35 @@ class Sum(VariantEncoder):
         return state + gain * mean_product(scores, values)
 
 
+class Cumulative(Sum):
+    """The plain sum, which forgets nothing, read through the norm of its rows: all evictions weigh the same."""
+
+    normalized_reading = True
+
+
+class CumulativeSoftmax(Cumulative):
+    """The same, of a softmax over the tokens of an eviction."""
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return state + gain * (scores.softmax(dim=1).mT @ values)
+
+
+class Slots(VariantEncoder):
+    """Writing by address: a token shares a learned gate out among the rows (softmax over ``Q``), which forget as much.
+
+    A row that is not written to keeps what it holds.
+    """
+
+    def prepare(self, rank: int, queries: int) -> None:
+        self.gate = nn.Linear(2 * rank, 1)
+        self.sharpness = nn.Parameter(torch.tensor(math.log(4.0)))
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        shares = self.gate(tokens).sigmoid() * (self.sharpness.exp() * scores).softmax(dim=-1)
+        kept = (1.0 - shares).prod(dim=1)
+        return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
+
+
 class Decay(VariantEncoder):
     """A learned decay per row (0.88 to 0.993 an eviction at the start) in place of the normalisation."""
 
@@ -164,6 +203,9 @@ VARIANTS: dict[str, type[VariantEncoder]] = {
     "frobenius": Frobenius,
     "ball": Ball,
     "sum": Sum,
+    "cumulative": Cumulative,
+    "cumulative-softmax": CumulativeSoftmax,
+    "slots": Slots,
     "decay": Decay,
     "delta": Delta,
     "delta-norm": DeltaNorm,
@@ -186,6 +228,10 @@ def install(model: nn.Module, name: str, config: PTEConfig) -> None:
             module.by_key = config.state_address == "key"
             module.prepare(settings.rank, settings.num_queries)
             module.to(module.beside.device)
+    if VARIANTS[name].normalized_reading:
+        for module in model.modules():
+            if isinstance(module, PTELinear):
+                module.__class__ = NormalizedReading
 
 
 def share_state(model: nn.Module, layer_index: int) -> None:
