@@ -19,7 +19,7 @@ WRONG = [
     ({"state_update": "none"}, ValueError, "`state_update` must be one of 'progressive', 'frozen', 'off'"),
     ({"state_update": "off", "num_global_tokens": 0}, ValueError, "`num_global_tokens` must be at least 1 with"),
     ({"key_rotation": "both"}, ValueError, "`key_rotation` must be one of 'removed', 'kept'"),
-    ({"state_address": "query"}, ValueError, "`state_address` must be one of 'value', 'key'"),
+    ({"state_address": "query"}, ValueError, "`state_address` must be one of 'key', 'value'"),
     ({"impl": "cuda"}, ValueError, "`impl` must be one of 'auto', 'reference', 'triton'"),
     ({"alpha": -1.0}, ValueError, "`alpha` must be a positive number or None"),
     ({"dropout": 1.0}, ValueError, "`dropout` must be at least 0 and below 1, got 1.0"),

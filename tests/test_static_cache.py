@@ -89,7 +89,7 @@ def test_same_as_the_form_that_is_not_static(family, fields, evict_ratio):
     [
         ("llama", {}),
         ("llama", {"key_rotation": "kept", "encoder_attention": "softmax"}),
-        ("llama", {"state_address": "key", "num_global_tokens": 3}),
+        ("llama", {"state_address": "value", "num_global_tokens": 3}),
         ("glm", {}),
         ("gpt2", {}),
         # Not one launch: layers that are not side by side, of different ranks, without an update.

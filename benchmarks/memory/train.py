@@ -21,12 +21,12 @@ from .variants import install, share_state
 
 log = logging.getLogger(__name__)
 
-# What makes an arm, as overrides of PTEConfig. `pte-value` is its defaults; `base` is the model itself with its full cache: nothing is trained.
+# What makes an arm, as overrides of PTEConfig. `pte` is its defaults; `base` is the model itself with its full cache: nothing is trained.
 ARMS: dict[str, dict[str, Any] | None] = {
     "base": None,
-    "pte": {"state_address": "key"},
-    "pte-value": {},
-    "global-only": {"state_address": "key", "state_update": "frozen"},
+    "pte": {},
+    "pte-value": {"state_address": "value"},
+    "global-only": {"state_update": "frozen"},
     "lora": {"state_update": "off"},
     "lora-detached": {"state_update": "off", "backprop_through_cache": False},
 }

@@ -77,7 +77,6 @@ class Settings:
             "cache_window": self.window,
             "evict_ratio": self.evict_ratio,
             "state_update": update,
-            "state_address": "key",
         }
         return PTEConfig(**{**fields, **self.overrides})
 

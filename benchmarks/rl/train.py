@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 ARMS: dict[str, dict[str, Any]] = {
     "lora-full": {"state_update": "off", "cache_window": None},
     "lora": {"state_update": "off"},
-    "global-only": {"state_address": "key", "state_update": "frozen"},
-    "pte": {"state_address": "key"},
+    "global-only": {"state_update": "frozen"},
+    "pte": {},
 }
 # Supervised steps of the adapter under its own cache, before GRPO.
 PROTOCOLS = {"straight": 0, "warm": 300}

@@ -49,7 +49,7 @@ def adapter_config(
     rank: int = RANK,
     num_global_tokens: int = GLOBAL_TOKENS,
     cache_window: int = CACHE_WINDOW,
-    state_address: str = "value",
+    state_address: str = "key",
 ) -> PeftConfig:
     """What ``GRPOTrainer(peft_config=...)`` is given for an arm; all arms adapt the same linears at the same scale.
 

@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-window", type=int, default=CACHE_WINDOW, help="thoughts the cache holds; of no meaning to --arm lora")
     add("--rank", type=int, default=RANK)
     add("--num-global-tokens", type=int, default=GLOBAL_TOKENS)
-    add("--state-address", default="value", choices=["value", "key"], help="key remembers more: docs/evidence.md")
+    add("--state-address", default="key", choices=["key", "value"], help="key remembers more: docs/evidence.md")
     add("--learning-rate", type=float, default=LEARNING_RATE)
     add("--max-steps", type=int, default=-1, help="-1: one epoch")
     add("--save-steps", type=int, default=20)

@@ -16,7 +16,7 @@ EVICTION_POLICIES = ("sliding_window", "key_diff")
 STATE_UPDATES = ("progressive", "frozen", "off")
 ENCODER_ATTENTIONS = ("linear", "softmax")
 KEY_ROTATIONS = ("removed", "kept")
-STATE_ADDRESSES = ("value", "key")
+STATE_ADDRESSES = ("key", "value")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 MIN_CACHE_WINDOW = 4
@@ -44,7 +44,7 @@ class PTEConfig(PeftConfig):
     """Configuration of Progressive Thought Encoding (arXiv 2602.16839).
 
     A causal LM decodes with a KV cache of ``P + cache_window`` slots. Thought tokens that leave it are encoded, layer
-    by layer, into a state ``S [Q, R]`` per sequence, and the adapted linears read it: ``y = W x + scale A S B x``.
+    by layer, into a state ``S [Q, R]`` per sequence, and the adapted linears read it: ``y = W x + scale A S^T B x``.
 
     Args:
         r: Rank ``R`` of the adapters and columns of the state.
@@ -75,10 +75,11 @@ class PTEConfig(PeftConfig):
         update_gain: Factor on ``S'`` before it is added to the state.
         state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
-        state_address: What a token that left is found by. ``"value"``: ``y = W x + scale A S (B x)``, so ``B x`` meets the
-            tokens' projected values and is told their scores for the global tokens. ``"key"``:
-            ``y = W x + scale A S^T (B x)``, so ``B x`` meets the scores, which are made of keys, and is told the values, as
-            in attention; ``B`` is then ``[Q, in]`` and ``A`` is ``[out, R]``. It remembers far more (docs/evidence.md).
+        state_address: What a token that left is found by; the paper's ``dW = A S B`` does not say whether ``x`` is a row or
+            a column. ``"key"`` (a row): ``y = W x + scale A S^T (B x)``, ``B [Q, in]``, ``A [out, R]``; ``B x`` meets the
+            tokens' scores for the global tokens, which are made of keys, and is told their projected values, as in attention.
+            ``"value"`` (a column): ``y = W x + scale A S (B x)``, ``B [R, in]``, ``A [out, Q]``; ``B x`` meets the values and
+            is told the scores. ``"key"`` remembers far more (docs/evidence.md).
         key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
             ``False``: they are detached at every eviction; the gradient still flows through the states.
@@ -137,8 +138,8 @@ class PTEConfig(PeftConfig):
     state_update: Literal["progressive", "frozen", "off"] = field(
         default="progressive", metadata={"help": "progressive: PTE; frozen: Global-Only; off: LoRA_c."}
     )
-    state_address: Literal["value", "key"] = field(
-        default="value", metadata={"help": "What a token that left is found by; key: as in attention."}
+    state_address: Literal["key", "value"] = field(
+        default="key", metadata={"help": "What a token that left is found by; key: as in attention."}
     )
     key_rotation: Literal["removed", "kept"] = field(
         default="removed", metadata={"help": "Whether the encoder reads keys without their rotary rotation."}

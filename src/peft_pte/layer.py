@@ -1,4 +1,4 @@
-"""`PTELinear`: a linear layer that reads the thought state, ``y = W x + scale * A (S (B x))`` (or ``S^T``)."""
+"""`PTELinear`: a linear layer that reads the thought state, ``y = W x + scale * A (S^T (B x))``, or ``S`` by value."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def first_log_ratio(trainer, monkeypatch):
         ("qwen3", {}, {}),
         ("llama", {"cache_implementation": "static"}, {"offload": True}),
         ("qwen3", {"cache_implementation": "static"}, {"recompute_layers": False}),
-        ("gpt2", {}, {"state_address": "key"}),
-        ("qwen3", {"cache_implementation": "static"}, {"state_address": "key", "offload": True}),
+        ("gpt2", {}, {"state_address": "value"}),
+        ("qwen3", {"cache_implementation": "static"}, {"state_address": "value", "offload": True}),
     ],
     ids=str,
 )

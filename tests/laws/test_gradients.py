@@ -56,7 +56,7 @@ def test_gradcheck(family, eviction):
 def test_every_trained_parameter_gets_a_gradient(family):
     for fields in (
         {},
-        {"state_address": "key"},
+        {"state_address": "value"},
         {"num_global_tokens": 0},
         {"state_update": "frozen"},
         {"state_update": "off"},

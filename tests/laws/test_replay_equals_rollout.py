@@ -27,10 +27,10 @@ def test_replay_equals_rollout(family, dtype, eviction):
         assert_close(scored.to(expected.dtype), expected)
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize(("address", "attention"), [("value", "linear"), ("key", "softmax")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_found_by_key(family, attention):
-    model = make_pte(family, state_address="key", encoder_attention=attention)
+def test_other_readings_of_the_state(family, address, attention):
+    model = make_pte(family, state_address=address, encoder_attention=attention)
     rollout = roll_out(model, make_prompts(), LENGTHS["far above"])
     for length in LENGTHS.values():
         with torch.no_grad():
@@ -79,8 +79,8 @@ def test_completions_that_end_early(family, attn_implementation):
         {"num_global_tokens": 0},
         {"encoder_attention": "softmax"},
         {"key_rotation": "kept"},
-        {"state_address": "key", "num_global_tokens": 3, "rank_pattern": {"q_proj": 2}},
-        {"state_address": "key", "state_update": "off", "num_global_tokens": 3},
+        {"state_address": "value", "num_global_tokens": 3, "rank_pattern": {"q_proj": 2}},
+        {"state_address": "value", "state_update": "off", "num_global_tokens": 3},
         {"evict_ratio": 1.0},
         {"evict_ratio": 0.01},
         {"cache_window": 7, "evict_ratio": 0.5},
