@@ -23,7 +23,7 @@ DOCUMENT = ROOT / "docs" / "evidence.md"
 SECTIONS: dict[str, tuple[Callable[[Path], str], Path]] = {
     "memory": (memory.report, MEMORY),
     "rl": (rl.report, RL),
-    "reasoning": (lambda folder: reasoning.report(folder, stdout=True), REASONING),
+    "reasoning": (reasoning.report, REASONING),
 }
 """By marker: what renders the results of a folder, the folder."""
 

@@ -22,7 +22,7 @@ PACKAGES = ("peft-pte", "torch", "transformers", "peft", "trl", "triton", "kvpre
 
 def provenance(command: str) -> dict[str, Any]:
     """Machine, GPU (or None), versions, commit, date, command."""
-    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py", "examples")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -48,6 +48,13 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
     if not results:
         raise FileNotFoundError(f"{folder} holds no results. Use the benchmark's `run` first.")
     return results
+
+
+def plain(value: Any) -> Any:
+    """``value`` as a results file can hold it."""
+    if isinstance(value, set):
+        return sorted(value)
+    return value if isinstance(value, (int, float, str, dict, list, type(None))) else str(value)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

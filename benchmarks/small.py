@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +72,44 @@ def kept(path: Path, make: Callable[[], LlamaForCausalLM], device: str) -> Llama
     return LlamaForCausalLM.from_pretrained(path).to(device)
 
 
-def add_run_options(runner: argparse.ArgumentParser, arms: Iterable[str], output: Path) -> None:
+def digest(model: nn.Module) -> str:
+    """Tells whether two runs started from the same weights: training from scratch ends elsewhere on another machine."""
+    hashed = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        hashed.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def same_base(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``results`` themselves, if those of one seed of the base model started from the same weights.
+
+    Raises:
+        ValueError: They did not, so their arms cannot be compared.
+    """
+    found: dict[int, set[str]] = {}
+    for result in results:
+        found.setdefault(result["settings"].get("base_seed", result["seed"]), set()).add(result["base_weights"])
+    mixed = sorted(seed for seed, digests in found.items() if len(digests) > 1)
+    if mixed:
+        raise ValueError(
+            f"Results of one seed must share their base model, got several for seed {', '.join(map(str, mixed))} (it is not "
+            "the same on every machine). Run all arms of a seed on one machine."
+        )
+    return results
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """``FIELD=VALUE`` of a command line; a value that is no Python literal is a string."""
+    field, equals, value = text.partition("=")
+    if not (field and equals):
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}. Write e.g. update_gain=1.0.")
+    try:
+        return field, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return field, value
+
+
+def add_run_options(runner: argparse.ArgumentParser, arms: Iterable[str], output: Path | None) -> None:
     """Options of every `run`."""
     add = runner.add_argument
     add("--arm", nargs="+", choices=list(arms), default=["pte"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from peft_pte.encoder import PTEEncoder
 from peft_pte.state import Evicted
 
+from ..intervals import share
 from .model import follows, recall
 from .task import PROMPT, Traces, held, make_traces
 
-EVALUATION_SEED = 777
-"""One set of traces for every run; no training seed comes near it."""
+EVALUATION_SEED = 777_000
+"""One set of traces for every run; no seed of a training comes near it."""
 MICRO_BATCH = 256
 BIN = 0.5
 """Width of a bin of the curve over distance, in windows."""
@@ -40,24 +40,6 @@ def buckets(traces: Traces, window: int, evict: int, layers: int) -> dict[str, T
         "evicted": ~here,
         "beyond_relay": distance > layers * window,
     }
-
-
-def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a binomial share."""
-    if asked == 0:
-        return 0.0, 1.0
-    share = right / asked
-    centre = share + z * z / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    scale = 1 + z * z / asked
-    return (centre - spread) / scale, (centre + spread) / scale
-
-
-def share(right: Tensor) -> dict[str, Any]:
-    """Accuracy (``None`` where nothing was asked), its interval and its n."""
-    hits, asked = int(right.sum()), right.numel()
-    low, high = interval(hits, asked)
-    return {"accuracy": hits / asked if asked else None, "low": low, "high": high, "n": asked}
 
 
 @torch.no_grad()

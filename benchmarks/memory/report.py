@@ -11,6 +11,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from ..machine import load_runs
+from ..small import same_base
 from .task import CHANCE
 
 COLUMNS = {
@@ -32,11 +33,11 @@ ARM_NAMES = {
 
 def report(folder: Path) -> str:
     """The tables as markdown; the figure goes to ``folder``."""
-    results = load_runs(folder)
+    results = same_base([result for result in load_runs(folder) if not result["name"].startswith("short")])
     arms = [result for result in results if result["name"] in ARM_NAMES]
     lengths = [evaluation["length"] for evaluation in arms[0]["evaluation"]]
     parts = [_arms(arms, index, length) for index, length in enumerate(lengths)]
-    parts += [_controls(arms), _ablations(results)]
+    parts += [_controls(arms), _ablations(results, lengths)]
     draw(arms, folder / "memory.png")
     return "\n\n".join(part for part in parts if part)
 
@@ -49,7 +50,9 @@ def _row(name: str, evaluations: list[dict[str, Any]], seeds: list[int]) -> str:
 
 def _cell(shares: list[dict[str, float]]) -> str:
     """One run: accuracy and half its 95 % interval. Several: their mean and range."""
-    percent = [100 * share["accuracy"] for share in shares]
+    percent = [100 * share["accuracy"] for share in shares if share["n"]]
+    if not percent:
+        return ""
     if len(percent) == 1:
         return f"{percent[0]:.1f} ± {50 * (shares[0]['high'] - shares[0]['low']):.1f}"
     return f"{sum(percent) / len(percent):.1f} ({min(percent):.1f}-{max(percent):.1f})"
@@ -83,26 +86,25 @@ def _controls(arms: list[dict[str, Any]]) -> str:
     return "**Controls of the trained PTE models.**\n\n" + _table(rows, "control") if rows else ""
 
 
-def _ablations(results: list[dict[str, Any]]) -> str:
-    others = [
-        r for r in results if r["name"] == "pte" or (r["name"] not in ARM_NAMES and not r["name"].startswith("short"))
-    ]
-    names = sorted({result["name"] for result in others}, key=lambda name: (name != "pte", name))
-    if len(names) < 2:
-        return ""
-    # Seeds have base models of their own: the default is compared on those that were ablated.
-    seeds = {result["seed"] for result in others if result["name"] != "pte"}
-    others = [result for result in others if result["seed"] in seeds]
+def _ablations(results: list[dict[str, Any]], lengths: list[int]) -> str:
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        if result["name"] == "pte" or result["name"] not in ARM_NAMES:
+            runs.setdefault(result["name"].removeprefix("pte-"), {})[result["seed"]] = result
+    default = runs.pop("pte", {})
+    # Seeds have base models of their own: what was changed is compared on its own seeds.
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, found in sorted(runs.items()):
+        groups.setdefault(tuple(found), []).append(name)
     parts = []
-    for index, evaluation in enumerate(others[0]["evaluation"]):
+    for index, length in enumerate(lengths if groups else []):
         rows = []
-        for name in names:
-            found = [result for result in others if result["name"] == name]
-            label = name.removeprefix("pte-") if name != "pte" else "none"
-            rows.append(_row(label, [result["evaluation"][index] for result in found], [r["seed"] for r in found]))
-        parts.append(
-            f"**One change at a time, traces of {evaluation['length']} thoughts.**\n\n" + _table(rows, "change")
-        )
+        for seeds, names in sorted(groups.items(), key=lambda group: -len(group[0])):
+            for label, found in [("none", default), *((name, runs[name]) for name in names)]:
+                here = [seed for seed in seeds if seed in found]
+                if here:
+                    rows.append(_row(label, [found[seed]["evaluation"][index] for seed in here], here))
+        parts.append(f"**One change at a time, traces of {length} thoughts.**\n\n" + _table(rows, "change"))
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..machine import provenance
+from ..machine import plain, provenance
+from ..small import digest
 from .evaluate import evaluate, frozen_state, swapped_evictions
 from .model import base_model
 from .train import Settings, settings_dict, train
@@ -20,7 +21,7 @@ EVALUATION_LENGTHS = (162, 240)
 EVALUATION_TRACES = 512
 SHORT_STAGES = ((96, 400),)
 
-# One change each against an arm; a key of `Settings` that is a dict is merged.
+# One change each against an arm: fields of `Settings`.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "detached": {"overrides": {"backprop_through_cache": False}},
     "detached-then-exact": {"detached_steps": 200},
@@ -65,11 +66,12 @@ def run(settings: Settings, seed: int, device: str, command: str, name: str, sho
     origin = provenance(command)
     base = base_model(seed, settings.layers, device)
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "seed": seed, "settings": settings_dict(settings)}
+    result["base_weights"] = digest(base)
     result["steps"] = settings.steps if settings.arm != "base" else 0
     model: Any = base
     if settings.arm != "base":
         model, result["training"] = train(base, settings, seed)
-        result["config"] = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+        result["config"] = {key: plain(value) for key, value in model.peft_config["default"].to_dict().items()}
     measure = (EVALUATION_TRACES, settings.window, settings.evict, settings.layers)
     lengths = (96,) if short else EVALUATION_LENGTHS
     result["evaluation"] = [evaluate(model, length, *measure) for length in lengths]
@@ -102,13 +104,3 @@ def summary(result: dict[str, Any]) -> str:
         shares = " ".join(f"{name} {share['accuracy']:.3f}" for name, share in buckets.items() if share["n"])
         parts.append(f"  T={evaluation['length']}: {shares} running {evaluation['running']['accuracy']:.3f}")
     return "\n".join(parts)
-
-
-def _plain(value: Any) -> Any:
-    return (
-        sorted(value)
-        if isinstance(value, set)
-        else value
-        if isinstance(value, (int, float, str, dict, list, type(None)))
-        else str(value)
-    )

@@ -156,6 +156,22 @@ class Slots(VariantEncoder):
         return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
 
 
+class PlainSlots(VariantEncoder):
+    """Writing by address with nothing else to learn: a token is shared out among the rows (softmax over ``Q``)."""
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        shares = scores.softmax(dim=-1)
+        kept = (1.0 - shares).prod(dim=1)
+        return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
+
+
+class SharpSlots(PlainSlots):
+    """The same, sharper from the start."""
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return super().update(state, 4.0 * scores, values, tokens, gain)
+
+
 class Decay(VariantEncoder):
     """A learned decay per row (0.88 to 0.993 an eviction at the start) in place of the normalisation."""
 
@@ -206,6 +222,8 @@ VARIANTS: dict[str, type[VariantEncoder]] = {
     "cumulative": Cumulative,
     "cumulative-softmax": CumulativeSoftmax,
     "slots": Slots,
+    "slots-plain": PlainSlots,
+    "slots-sharp": SharpSlots,
     "decay": Decay,
     "delta": Delta,
     "delta-norm": DeltaNorm,

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from ..machine import ROOT
+from ..small import assignment
 from .run import RESULTS, run, save
 from .settings import ARMS, settings_for
 from .task import TASKS
-
-
-def parse_field(text: str) -> tuple[str, Any]:
-    """``field=value`` of the command line; a value that is no JSON is a string."""
-    name, sign, value = text.partition("=")
-    if not (name and sign):
-        raise argparse.ArgumentTypeError(f"`--set` must be field=value, got {text!r}. Write e.g. update_gain=1.0.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--roomy", dest="form", action="store_const", const="roomy", help="at most 96 tokens of thought")
     form.add_argument("--long", dest="form", action="store_const", const="long", help="for a GPU")
     runner.set_defaults(form="default")
-    runner.add_argument("--set", nargs="+", type=parse_field, default=[], metavar="FIELD=VALUE", help="of PTEConfig")
+    runner.add_argument("--set", nargs="+", type=assignment, default=[], metavar="FIELD=VALUE", help="of PTEConfig")
     runner.add_argument("--steps", type=int)
     runner.add_argument("--learning-rate", type=float)
     runner.add_argument("--model", help="hub id or local folder")
@@ -52,9 +40,8 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument(
         "--output", type=Path, help="default: benchmarks/reasoning/results; with --quick outputs/reasoning"
     )
-    reporter = commands.add_parser("report", help="the table, into README.md here, and the figure")
+    reporter = commands.add_parser("report", help="the tables to the terminal, and the figures")
     reporter.add_argument("--results", type=Path, default=RESULTS)
-    reporter.add_argument("--stdout", action="store_true", help="print the table; leave README.md alone")
     return whole
 
 
@@ -65,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.command == "report":
         from .report import report
 
-        report(options.results, options.stdout)
+        print(report(options.results))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()

@@ -14,7 +14,6 @@ from .task import Problems
 
 SAMPLING_SEED = 4242
 RESAMPLES = 10_000
-Z = 1.959964
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -44,22 +43,9 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[floa
     return low, high
 
 
-def wilson(values: Sequence[float]) -> tuple[float, float]:
-    """Wilson's 95 % interval of the mean of ``values`` in [0, 1], one value a problem.
-
-    Exact in its variance where every value is 0 or 1, as pass@k is from k samples, and too wide otherwise; unlike the
-    bootstrap it does not collapse where all problems are solved.
-    """
-    count, mean = len(values), sum(values) / len(values)
-    centre = (mean + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def evictions(length: int, settings: Settings) -> int:
     """How often a completion of ``length`` tokens makes the window evict."""
-    leave = max(1, math.floor(settings.evict_ratio * settings.window))
-    return max(0, math.ceil((length - settings.window) / leave))
+    return max(0, math.ceil((length - settings.window) / settings.evict))
 
 
 @torch.no_grad()

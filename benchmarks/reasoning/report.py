@@ -11,14 +11,14 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from ..intervals import wilson
 from ..machine import load_runs
-from ..tables import insert, table
-from .evaluate import bootstrap, evictions, per_problem, solved, wilson
+from ..tables import table
+from .evaluate import bootstrap, evictions, per_problem, solved
 from .settings import ARMS, Settings
 from .task import TASKS
 
 Result = dict[str, Any]
-README = Path(__file__).resolve().parent / "README.md"
 HEADER = [
     "task",
     "arm",
@@ -40,8 +40,8 @@ HEADER = [
 K = 8
 
 
-def report(folder: Path, stdout: bool = False, readme: Path = README) -> str:
-    """The tables as markdown, printed and written into ``readme``, one per form; the figures go to ``folder``."""
+def report(folder: Path) -> str:
+    """The tables as markdown, one per form; the figures go to ``folder``."""
     results = load_runs(folder)
     parts = []
     for form in dict.fromkeys(result["form"] for result in results):
@@ -49,11 +49,7 @@ def report(folder: Path, stdout: bool = False, readme: Path = README) -> str:
         name = "reasoning.png" if form == "default" else f"reasoning-{form}.png"
         draw(found, folder / name)
         parts.append(render(found))
-    text = "\n\n".join(parts)
-    print(text)
-    if not stdout:
-        readme.write_text(insert(readme.read_text(), text, "reasoning"))
-    return text
+    return "\n\n".join(parts)
 
 
 def render(results: list[Result]) -> str:
@@ -99,8 +95,8 @@ def _row(task: str, arm: str, found: list[Result]) -> list[str]:
         _cell(one["before"], bootstrap),
         _cell(one["after"], bootstrap),
         _cell(gains, bootstrap, signed=True),
-        _cell(eight["before"], wilson),
-        _cell(eight["after"], wilson),
+        _cell(eight["before"], _wilson),
+        _cell(eight["after"], _wilson),
         " -> ".join(f"{100 * share:.1f}" for share in any_length),
         f"{_mean(lengths):.0f}",
         f"{_mean([evictions(length, settings) for length in lengths]):.1f}" if settings.bounded else "none",
@@ -118,6 +114,14 @@ def _cell(values: list[float], interval: Callable[[list[float]], tuple[float, fl
     return f"{100 * _mean(values):{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
+def _wilson(values: list[float]) -> tuple[float, float]:
+    """Exact in its variance where every value is 0 or 1, as pass@k is from k samples, and too wide otherwise.
+
+    Unlike the bootstrap it does not collapse where all problems are solved.
+    """
+    return wilson(_mean(values), len(values))
+
+
 def _mean(values: Any) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -127,7 +131,7 @@ def _origin(results: list[Result]) -> str:
     first = results[0]
     s = first["settings"]
     batch = s["prompts"] * s["generations"]
-    leave = max(1, int(s["evict_ratio"] * s["window"]))
+    leave = Settings(**s).evict
     hardware = first["gpu"] or f"{first['cpu']}, {first['cores']} cores, {first['threads']} thread(s), no GPU"
     commits = ", ".join(sorted({(r["commit"] or "unknown")[:12] + (" changed" if r["dirty"] else "") for r in results}))
     commands = ", ".join(f"`{command}`" for command in sorted({result["command"] for result in results}))

@@ -16,9 +16,9 @@ from peft import get_peft_model
 from examples.common import load_model
 
 from ..machine import ROOT, provenance
-from .evaluate import evaluate, per_problem, solved
-from .settings import Settings
-from .task import INSTRUCTION, TASKS, evaluation_problems, training_problems
+from .evaluate import SAMPLING_SEED, evaluate, per_problem, solved
+from .settings import Settings, settings_for
+from .task import EVALUATION_SEED, INSTRUCTION, TASKS, evaluation_problems, training_problems
 from .train import train
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -45,7 +45,12 @@ def before(settings: Settings, device: str, folder: Path = CHECKPOINTS) -> dict[
     config = settings.config(state_update="off")
     key = {name: getattr(settings, name) for name in EVALUATION_FIELDS}
     key |= {name: getattr(config, name) for name in CACHE_FIELDS} if settings.bounded else {"cache": "full"}
-    key |= {"device": device, "instruction": INSTRUCTION, "problems": TASKS[settings.task]}
+    key |= {
+        "seeds": [EVALUATION_SEED, SAMPLING_SEED],
+        "device": device,
+        "instruction": INSTRUCTION,
+        "problems": TASKS[settings.task],
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"before-{settings.task}-{digest}.json"
     if path.exists():
@@ -86,12 +91,21 @@ def run(settings: Settings, seed: int, device: str, command: str, form: str, fol
     return result | origin
 
 
+def name_of(result: dict[str, Any]) -> str:
+    """Form, task, arm, and every setting that differs from the form's."""
+    settings = result["settings"]
+    usual = asdict(settings_for(settings["arm"], settings["task"], result["form"]))
+    changed = [*settings["overrides"].items()]
+    changed += [(name, value) for name, value in settings.items() if name != "overrides" and value != usual[name]]
+    parts = [] if result["form"] == "default" else [result["form"]]
+    parts += [settings["task"], settings["arm"], *(f"{name}-{Path(str(value)).name}" for name, value in changed)]
+    return "-".join(parts)
+
+
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Write ``result`` to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = result["settings"]
-    prefix = "" if result["form"] == "default" else f"{result['form']}-"
-    path = folder / f"{prefix}{settings['task']}-{settings['arm']}-seed-{result['seed']}.json"
+    path = folder / f"{name_of(result)}-seed-{result['seed']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

@@ -58,6 +58,11 @@ class Settings:
         """Whether the arm has the window."""
         return self.arm != "lora"
 
+    @property
+    def evict(self) -> int:
+        """Thoughts that leave the window at an eviction."""
+        return PTEConfig(cache_window=self.window, evict_ratio=self.evict_ratio).tokens_per_eviction
+
     def config(self, state_update: str | None = None) -> PeftConfig:
         """The adapter's config; ``state_update`` in place of the arm's. All arms adapt the same linears at one scale.
 

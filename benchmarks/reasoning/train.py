@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.common import log_full_cache
 from peft_pte.integrations.trl import PTECallback
 
-from .rollouts import Watch, peak_bytes, reset_peak
+from ..rollouts import Watch, peak_bytes, reset_peak
 from .settings import Settings
 from .task import Problems
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..small import add_run_options
+from ..small import add_run_options, assignment
 from .model import CHECKPOINTS, base_model
-from .run import RESULTS, name_of, run, save, settings_for, summary
+from .run import QUICK_RESULTS, RESULTS, name_of, run, save, settings_for, summary
 from .train import ARMS, PROTOCOLS
 
 
@@ -22,14 +20,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="train and evaluate one arm, or several")
-    add_run_options(runner, ARMS, RESULTS)
+    add_run_options(runner, ARMS, None)
     add = runner.add_argument
     add("--protocol", nargs="+", choices=list(PROTOCOLS), default=["warm"], help="GRPO at once, or after a short SFT")
-    add("--set", nargs="+", type=_assignment, default=[], metavar="FIELD=VALUE", help="fields of PTEConfig")
+    add("--set", nargs="+", type=assignment, default=[], metavar="FIELD=VALUE", help="fields of PTEConfig")
     add(
         "--setting",
         nargs="+",
-        type=_assignment,
+        type=assignment,
         default=[],
         metavar="FIELD=VALUE",
         help="fields of Settings (train.py)",
@@ -69,18 +67,8 @@ def _run(arguments: argparse.Namespace, arm: str, protocol: str, seed: int) -> N
     name = name_of(settings, arguments.suffix or changed)
     base = base_model(settings.base_seed, settings.layers, arguments.device, arguments.checkpoints)
     result = run(base, settings, seed, command, name, arguments.quick)
-    save(result, arguments.output)
+    save(result, arguments.output or (QUICK_RESULTS if arguments.quick else RESULTS))
     print(summary(result), flush=True)
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    field, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, got {text!r}")
-    try:
-        return field, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return field, value
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..memory.evaluate import share
+from ..intervals import clustered_share, share
 from .task import EOS, PAD, Problems, grade, make_problems, words
 
-EVALUATION_SEED = 777
-"""One set of problems for every run; no training seed comes near it."""
+EVALUATION_SEED = 777_000
+"""One set of problems for every run; no seed of a training comes near it."""
 MICRO_BATCH = 256
 
 
@@ -66,7 +65,8 @@ def evaluate(
     Returns:
         ``reward``, ``exact``, and the questions by what the cache still holds of them if the trace is the solution's:
         ``in_window``, ``evicted``, and of the latter ``beyond_relay``, further back than layers x window, where no chain of
-        kept tokens can have passed the state on.
+        keys and values of kept tokens can have passed the state on. (The prompt is kept: who could redo the steps would not
+        need to remember.)
     """
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     problems = make_problems(batch, steps, asked, generator)
@@ -80,20 +80,10 @@ def evaluate(
         "window": window,
         "decoding": "sampled" if sample else "greedy",
         "problems": batch,
-        "reward": mean_of_clusters(right),
+        # Answers to one problem stand or fall together, so problems are what is counted.
+        "reward": clustered_share(right, torch.ones_like(right)),
         "exact": share(right.all(dim=1)),
-        "in_window": share(right[held]),
-        "evicted": share(right[~held]),
-        "beyond_relay": share(right[far]),
+        "in_window": clustered_share(right, held),
+        "evicted": clustered_share(right, ~held),
+        "beyond_relay": clustered_share(right, far),
     }
-
-
-def mean_of_clusters(right: Tensor, z: float = 1.96) -> dict[str, float]:
-    """Mean over problems of their share of right answers, and its 95 % interval.
-
-    The answers to one problem stand or fall together, so problems are what is counted.
-    """
-    rewards = right.double().mean(dim=1)
-    mean = float(rewards.mean())
-    spread = z * float(rewards.std()) / math.sqrt(len(rewards)) if len(rewards) > 1 else 1.0
-    return {"accuracy": mean, "low": max(mean - spread, 0.0), "high": min(mean + spread, 1.0), "n": len(rewards)}

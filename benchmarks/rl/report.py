@@ -14,12 +14,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from ..machine import load_runs
+from ..small import same_base
 from ..theory import full_cache_bytes
 from .model import new_model
 from .task import CHANCE, make_problems
 
 ARM_NAMES = {"lora-full": "LoRA, full cache", "lora": "LoRA_c", "global-only": "Global-Only", "pte": "PTE"}
 PROTOCOL_NAMES = {"straight": "GRPO after the base model's SFT", "warm": "GRPO after an SFT of the adapter, too"}
+CONTROLLED = ("in_window", "evicted", "beyond_relay")
 SMOOTH = 5
 """Steps that a point of a reward curve averages."""
 
@@ -27,10 +29,10 @@ Run = dict[str, Any]
 
 
 def report(folder: Path) -> str:
-    """The table as markdown; the figure goes to ``folder``."""
-    groups = grouped(load_runs(folder))
+    """The tables as markdown; the figure goes to ``folder``."""
+    groups = grouped(same_base(load_runs(folder)))
     draw(groups, folder / "rl.png")
-    return table(groups)
+    return "\n\n".join(part for part in (table(groups), controls(groups)) if part)
 
 
 def grouped(results: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
@@ -45,23 +47,50 @@ def grouped(results: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
 
 
 def table(groups: dict[tuple[str, str, str], list[Run]]) -> str:
-    """One row per arm and protocol; shares in percent, the mean over seeds and their range (one seed: a 95 % interval)."""
+    """One row per arm and protocol; shares in percent, the mean over seeds and their range (one seed: a 95 % interval).
+
+    Sampled and greedy rewards, and greedy recall, under the trained window before and after GRPO; then the sampled reward
+    under other windows.
+    """
     windows = [row["window"] for row in next(iter(groups.values()))[0]["evaluation"] if row["decoding"] == "sampled"]
-    head = ["run", "seeds", "before GRPO", *(f"W = {window or 'all'}" for window in windows), "exact", "evicted"]
-    head += ["beyond relay", "cache, MB", "tokens/s", "s a step", "max abs log ratio"]
+    head = ["run", "seeds", "reward, sampled", "after", "reward, greedy", "after", "evicted, greedy", "after"]
+    head += ["beyond relay, greedy", "after", "all right, sampled", *(f"W = {window or 'all'}" for window in windows)]
+    head += ["cache, MB", "tokens/s", "s a step", "max abs log ratio"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for (_, _, name), runs in groups.items():
         cells = [name, ", ".join(str(run["seed"]) for run in runs)]
-        cells.append(_shares([run["before_grpo"]["reward"] for run in runs]))
+        for key, decoding in (
+            ("reward", "sampled"),
+            ("reward", "greedy"),
+            ("evicted", "greedy"),
+            ("beyond_relay", "greedy"),
+        ):
+            cells.append(_shares([_decoded(run["before_grpo"], decoding)[key] for run in runs]))
+            cells.append(_shares([_trained(run, decoding)[key] for run in runs]))
+        cells.append(_shares([_trained(run)["exact"] for run in runs]))
         cells += [_shares([_at(run, window)["reward"] for run in runs]) for window in windows]
-        for key in ("exact", "evicted", "beyond_relay"):
-            cells.append(_shares([_at(run, run["config"]["cache_window"])[key] for run in runs]))
         cells.append(_mean(runs, peak_cache, "{:.2f}", 1e-6))
         cells.append(_mean(runs, lambda run: run["grpo"]["rollout_tokens_per_second"], "{:.0f}"))
         cells.append(_mean(runs, lambda run: _median(run["grpo"]["curve"]["step_seconds"]), "{:.2f}"))
-        cells.append(f"{max(run['grpo']['max_log_ratio_first_iteration'] for run in runs):.1e}")
+        cells.append(f"{max(run['grpo']['max_log_ratio'] for run in runs):.1e}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def controls(groups: dict[tuple[str, str, str], list[Run]]) -> str:
+    """The trained models when their encoders read what another sequence lost, sampled."""
+    lines = [
+        "**Evictions of another sequence**, after GRPO, sampled.",
+        "",
+        "| run | seeds | in the window | evicted | beyond relay |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for (_, _, name), runs in groups.items():
+        found = [run for run in runs if "swapped_evictions" in run]
+        if found:
+            cells = [_shares([run["swapped_evictions"][key] for run in found]) for key in CONTROLLED]
+            lines.append(f"| {name} | {', '.join(str(run['seed']) for run in found)} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def peak_cache(run: Run) -> float:
@@ -83,8 +112,16 @@ def peak_cache(run: Run) -> float:
     )
 
 
+def _decoded(rows: list[Run], decoding: str) -> Run:
+    return next(row for row in rows if row["decoding"] == decoding)
+
+
 def _at(run: Run, window: int | None, decoding: str = "sampled") -> Run:
-    return next(row for row in run["evaluation"] if row["window"] == window and row["decoding"] == decoding)
+    return _decoded([row for row in run["evaluation"] if row["window"] == window], decoding)
+
+
+def _trained(run: Run, decoding: str = "sampled") -> Run:
+    return _at(run, run["config"]["cache_window"], decoding)
 
 
 def _shares(shares: list[dict[str, float]]) -> str:

@@ -12,13 +12,15 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from ..machine import provenance
-from ..memory.evaluate import frozen_state, swapped_evictions
+from ..machine import ROOT, plain, provenance
+from ..memory.evaluate import swapped_evictions
+from ..small import digest
 from .evaluate import evaluate
 from .model import solved
 from .train import Settings, adapt, evict_of, grpo, warm_up
 
 RESULTS = Path(__file__).resolve().parent / "results"
+QUICK_RESULTS = ROOT / "outputs" / "rl-quick"
 WINDOWS: tuple[int | None, ...] = (16, 24, 32, None)
 EVALUATION_PROBLEMS = 512
 QUICK: dict[str, Any] = {"warm_steps": 4, "warm_batch": 8, "grpo_steps": 3, "prompts": 2, "generations": 4}
@@ -49,9 +51,10 @@ def run(
     began = time.perf_counter()
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "protocol": settings.protocol, "seed": seed}
     result["settings"] = dataclasses.asdict(settings)
+    result["base_weights"] = digest(base)
     result["base_greedy_full_cache"] = solved(base, settings.base_seed)
     model = adapt(base, settings, seed)
-    result["config"] = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+    result["config"] = {key: plain(value) for key, value in model.peft_config["default"].to_dict().items()}
     result["trained_parameters"] = sum(part.numel() for part in model.parameters() if part.requires_grad)
     batch = QUICK_PROBLEMS if quick else EVALUATION_PROBLEMS
 
@@ -61,14 +64,13 @@ def run(
     trained_at = settings.config().cache_window
     if settings.supervised_steps:
         result["warm_up"] = warm_up(model, settings, seed)
-    result["before_grpo"] = measure(trained_at, True)
+    # Greedy as well: rewards of samples rise, too, where a policy only becomes surer of what it knew.
+    result["before_grpo"] = [measure(trained_at, sample) for sample in (True, False)]
     result["grpo"] = grpo(model, settings, seed)
     result["evaluation"] = [measure(window, sample) for window in WINDOWS for sample in (True, False)]
     if settings.config().state_update == "progressive":
         with swapped_evictions(model):
             result["swapped_evictions"] = measure(trained_at, True)
-        with frozen_state(model):
-            result["frozen_state"] = measure(trained_at, True)
     result["wall_seconds"] = time.perf_counter() - began
     return result | origin
 
@@ -85,14 +87,12 @@ def summary(result: dict[str, Any]) -> str:
     """A few lines for a terminal."""
     curve, rollout = result["grpo"]["curve"]["reward"], result["grpo"]
     lines = [
-        f"{result['name']} seed {result['seed']}: {result['wall_seconds']:.0f} s, reward {result['before_grpo']['reward']['accuracy']:.3f} "
+        f"{result['name']} seed {result['seed']}: {result['wall_seconds']:.0f} s, reward {result['before_grpo'][0]['reward']['accuracy']:.3f} "
         f"before GRPO, {curve[0]:.3f} -> {curve[-1]:.3f}, {rollout['rollout_tokens_per_second']:.0f} tokens/s, "
-        f"max |log ratio| {rollout['max_log_ratio_first_iteration']:.1e}"
+        f"max |log ratio| {rollout['max_log_ratio']:.1e}"
     ]
-    for row in [
-        *result["evaluation"],
-        *(result[name] for name in ("swapped_evictions", "frozen_state") if name in result),
-    ]:
+    swapped = [result["swapped_evictions"]] if "swapped_evictions" in result else []
+    for row in [*result["before_grpo"], *result["evaluation"], *swapped]:
         shown = [key for key in ("reward", "exact", "in_window", "evicted") if row[key]["n"]]
         shares = " ".join(f"{key} {row[key]['accuracy']:.3f}" for key in shown)
         lines.append(f"  window {row['window']} {row['decoding']}: {shares}")
@@ -105,9 +105,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    return value if isinstance(value, (int, float, str, dict, list, type(None))) else str(value)

@@ -18,10 +18,10 @@ from peft_pte import PTEConfig
 from peft_pte.integrations.trl import PTECallback
 
 from ..memory.variants import install
+from ..rollouts import Watch
 from ..small import Training
 from .model import hits
 from .task import exact, make_problems, make_tokenizer, share_right, words
-from .watch import RolloutWatch
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def evict_of(window: int | None) -> int:
 
 
 def grpo(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
-    """GRPO on fresh problems; returns the curve, what the cache held, speed, and the first iteration's log ratio."""
+    """GRPO on fresh problems; returns the curve, what the cache held, speed, and the largest log ratio of all steps."""
     problems = make_problems(
         settings.prompts * settings.grpo_steps,
         settings.steps,
@@ -172,19 +172,22 @@ def grpo(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
             ),
         )
         trainer.remove_callback(PrinterCallback)
+        watch = Watch()
+        watch.attach(trainer)
         began = time.perf_counter()
-        with RolloutWatch(trainer) as watch:
-            trainer.train()
+        trainer.train()
         seconds = time.perf_counter() - began
     history = [row for row in trainer.state.log_history if "reward" in row]
     curve = [_curve_point(row) for row in history]
     return {
         "curve": {name: [point[name] for point in curve] for name in curve[0]},
-        "rollout_seconds": [round(value, 3) for value in watch.seconds],
-        "rollout_tokens": watch.tokens,
-        "rollout_tokens_per_second": sum(watch.tokens[1:]) / sum(watch.seconds[1:]),
-        "max_log_ratio_first_iteration": watch.max_log_ratio,
-        "log_ratio_tokens": watch.compared,
+        "rollout_seconds": [row["rollout_seconds"] for row in watch.rows],
+        "rollout_tokens": [row["tokens"] for row in watch.rows],
+        # Without the first step, which warms up.
+        "rollout_tokens_per_second": sum(row["tokens"] for row in watch.rows[1:])
+        / sum(row["rollout_seconds"] for row in watch.rows[1:]),
+        "max_log_ratio": max(row["max_log_ratio"] for row in watch.rows),
+        "log_ratio_tokens": sum(row["compared"] for row in watch.rows),
         "cuda_max_memory_allocated": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "seconds": seconds,
     }

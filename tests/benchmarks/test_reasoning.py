@@ -14,13 +14,16 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.intervals import wilson
 from benchmarks.reasoning import report as reports
-from benchmarks.reasoning.__main__ import parse_field, parser
-from benchmarks.reasoning.evaluate import bootstrap, evictions, pass_at_k, solved, wilson
-from benchmarks.reasoning.rollouts import peak_bytes, reset_peak
+from benchmarks.reasoning.__main__ import parser
+from benchmarks.reasoning.evaluate import bootstrap, evictions, pass_at_k, solved
+from benchmarks.reasoning.run import name_of
 from benchmarks.reasoning.settings import ARMS, FORMS, Settings, settings_for
 from benchmarks.reasoning.task import BARE, TASKS, evaluation_problems, identity, training_problems
 from benchmarks.reasoning.train import make_reward
+from benchmarks.rollouts import Watch, peak_bytes, reset_peak
+from benchmarks.small import assignment
 from examples.common import extract_answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,8 +113,8 @@ def test_pass_at_k_wants_enough_samples():
 
 def test_intervals():
     # Wilson's own numbers for 8 of 10, to three digits.
-    assert wilson([1.0] * 8 + [0.0] * 2) == pytest.approx((0.490, 0.943), abs=1e-3)
-    low, high = wilson([1.0] * 20)
+    assert wilson(0.8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
+    low, high = wilson(1.0, 20)
     assert low < 0.9
     assert high == pytest.approx(1.0)
     generator = torch.Generator().manual_seed(3)
@@ -173,7 +176,7 @@ def test_command_line():
     assert dict(options.set) == {"update_gain": 1.0, "key_rotation": "kept"}
     assert settings_for("pte", "products", overrides=dict(options.set)).config().update_gain == 1.0
     assert options.task == list(TASKS)
-    assert parse_field('target_modules=["q_proj"]') == ("target_modules", ["q_proj"])
+    assert assignment('target_modules=["q_proj"]') == ("target_modules", ["q_proj"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process its peak")
@@ -218,13 +221,10 @@ def result(arm, task="products", seed=0, form="default"):
     }
 
 
-def test_report(tmp_path, capsys):
+def test_report(tmp_path):
     for arm in ARMS:
         (tmp_path / f"products-{arm}-seed-0.json").write_text(json.dumps(result(arm)))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- reasoning:begin -->\nold\n<!-- reasoning:end -->\nafter\n")
-    text = reports.report(tmp_path, readme=readme)
-    assert capsys.readouterr().out.strip() == text
+    text = reports.report(tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("| products")]
     assert len(rows) == len(ARMS)
     cells = [cell.strip() for cell in rows[-1].strip("|").split("|")]
@@ -236,9 +236,34 @@ def test_report(tmp_path, capsys):
     assert row["tokens/s rollout / step"] == "50 / 25"
     assert row["cache MB"] == "5.0"
     assert row["max abs log ratio"] == "3e-06"
-    assert "old" not in readme.read_text()
-    assert text in readme.read_text()
     assert (tmp_path / "reasoning.png").stat().st_size > 10_000
+
+
+def test_runs_that_differ_have_names_that_differ():
+    assert name_of(result("pte")) == "products-pte"
+    changed = result("pte")
+    changed["settings"] |= {"overrides": {"state_address": "value"}, "steps": 3}
+    assert name_of(changed) == "products-pte-state_address-value-steps-3"
+    roomy = {**result("pte"), "form": "roomy", "settings": asdict(settings_for("pte", "products", "roomy"))}
+    assert name_of(roomy) == "roomy-products-pte"
+
+
+def watched(scored):
+    """A row of a watch of one completion of two tokens, sampled with log-probs of log 1/2 and scored with ``scored``."""
+    watch = Watch()
+    ids, mask = torch.tensor([[5, 7, 8]]), torch.ones(1, 3, dtype=torch.long)
+    watch._sampled = {(5, 7, 8): torch.full((2,), 0.5).log()}
+    watch._scoring(lambda *args: (scored, None))(None, ids, mask, 2)
+    return watch._row
+
+
+def test_the_watch_sees_what_is_off_policy():
+    on_policy = torch.full((1, 2), 0.5).log()
+    assert watched(on_policy) == {"max_log_ratio": 0.0, "compared": 2}
+    shifted = on_policy + torch.tensor([[0.0, -0.25]])
+    assert watched(shifted)["max_log_ratio"] == pytest.approx(0.25)
+    with pytest.raises(FloatingPointError, match="log ratio of sampled tokens is nan"):
+        watched(on_policy * torch.nan)
 
 
 def test_report_takes_the_mean_over_seeds():

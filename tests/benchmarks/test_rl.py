@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.intervals import clustered_share, share
 from benchmarks.rl import task
-from benchmarks.rl.evaluate import mean_of_clusters, window_of
+from benchmarks.rl.evaluate import EVALUATION_SEED, window_of
 from benchmarks.rl.report import peak_cache, report
 from benchmarks.rl.train import ARMS, Settings, adapt, evict_of
 from peft_pte import PTECache
@@ -130,11 +131,24 @@ def test_the_window_of_an_evaluation_bounds_its_cache(arm, monkeypatch):
 
 
 def test_intervals_count_problems():
-    share = mean_of_clusters(torch.tensor([[True, True], [False, False], [True, True], [False, False]]))
-    assert share["n"] == 4
-    assert share["accuracy"] == 0.5
-    assert share["low"] < 0.05
-    assert share["high"] > 0.95
+    right = torch.tensor([[True, True], [False, False], [True, True], [False, False]])
+    found = clustered_share(right, torch.ones_like(right))
+    assert found["n"] == 8
+    assert found["accuracy"] == 0.5
+    assert found["low"] < 0.05
+    assert found["high"] > 0.95
+    # Answers that are independent: the interval of a binomial share, which Wilson's is near where there are many.
+    right = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    chosen = torch.rand(4000, 3, generator=torch.Generator().manual_seed(1)) < 0.5
+    found, expected = clustered_share(right, chosen), share(right[chosen])
+    assert found["n"] == expected["n"]
+    assert found["accuracy"] == pytest.approx(expected["accuracy"])
+    assert found["high"] - found["low"] == pytest.approx(expected["high"] - expected["low"], rel=0.05)
+    assert clustered_share(right, torch.zeros_like(chosen))["accuracy"] is None
+
+
+def test_no_seed_of_a_training_comes_near_that_of_the_evaluation():
+    assert EVALUATION_SEED > 100_000
 
 
 @pytest.mark.slow
@@ -161,11 +175,12 @@ def test_quick_runs_and_reports(tmp_path):
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(results) == 2 * len(ARMS)
     for result in results:
-        assert result["grpo"]["max_log_ratio_first_iteration"] < 1e-4
+        assert result["grpo"]["max_log_ratio"] < 1e-4
+        assert [row["decoding"] for row in result["before_grpo"]] == ["sampled", "greedy"]
         assert result["grpo"]["log_ratio_tokens"] > 0
         assert ("warm_up" in result) == (result["protocol"] == "warm")
         assert {row["window"] for row in result["evaluation"]} >= {result["config"]["cache_window"], None}
-    assert report(tmp_path).count("\n") == 1 + len(results)
+    assert report(tmp_path).partition("\n\n")[0].count("\n") == 1 + len(results)
     assert (tmp_path / "rl.png").stat().st_size > 1000
 
 

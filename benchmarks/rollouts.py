@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 # The trainer shuffles what it sampled: a row is found again by its tokens.
                 sampled = self._sampled[tuple(row[mask].tolist())]
                 difference = float((log_probs[: len(sampled)].float() - sampled).abs().max())
+                if not math.isfinite(difference):
+                    # `max` would pass over a NaN.
+                    raise FloatingPointError(
+                        f"The log ratio of sampled tokens is {difference}: scoring or sampling gave no finite log-probs. "
+                        "Lower the learning rate, or use float32."
+                    )
                 self._row["max_log_ratio"] = max(self._row.get("max_log_ratio", 0.0), difference)
                 self._row["compared"] = self._row.get("compared", 0) + len(sampled)
             return result
