@@ -1,4 +1,4 @@
-"""The protocol's settings: three models, four arms, the paper's hyper-parameters (arXiv 2602.16839, section 4).
+"""The protocol's settings: three models, their arms, the paper's hyper-parameters (arXiv 2602.16839, section 4).
 
 What the paper prints is marked so; what it leaves open and was chosen here is marked [ours] (README.md lists it).
 """
@@ -19,8 +19,10 @@ ARMS = {
     "lora_c": "LoRA, bounded cache",
     "global_only": "Global-Only",
     "pte": "PTE",
+    "no_global": "PTE, no global tokens",
 }
-STATE_UPDATE = {"lora_c": "off", "global_only": "frozen", "pte": "progressive"}
+"""The paper's four, and its ablation of the global tokens."""
+STATE_UPDATE = {"lora_c": "off", "global_only": "frozen", "pte": "progressive", "no_global": "progressive"}
 
 RANK = 32  # paper
 GLOBAL_TOKENS = 32  # paper
@@ -54,7 +56,7 @@ def adapter_config(
     """What ``GRPOTrainer(peft_config=...)`` is given for an arm; all arms adapt the same linears at the same scale.
 
     Raises:
-        ValueError: ``arm`` is none of the four.
+        ValueError: ``arm`` is unknown.
     """
     if arm == "lora":
         # "all-linear" leaves the output head out, as PTEConfig's default does; alpha = 2 R there is `None`.
@@ -64,7 +66,7 @@ def adapter_config(
     return PTEConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        num_global_tokens=rank if arm == "lora_c" else num_global_tokens,
+        num_global_tokens={"lora_c": rank, "no_global": 0}.get(arm, num_global_tokens),
         cache_window=cache_window,
         evict_ratio=EVICT_RATIO,
         state_update=STATE_UPDATE[arm],

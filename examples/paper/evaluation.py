@@ -3,7 +3,7 @@ r"""The six test sets under a cache window, through lm-evaluation-harness with o
     python examples/paper/evaluation.py --model qwen2.5-3b --arm pte --adapter outputs/paper/qwen2.5-3b-pte \
         --cache-window 768 1024 2048 --max-new-tokens 3072
 
-One results file per window and length goes to `--results`; `table.py` reads them. `--arm base` (no adapter) under a window is
+One record per window and length goes to `--results`, its responses to a folder beside; `table.py` reads the records. `--arm base` (no adapter) under a window is
 the model itself in a bounded cache. `--data math500=rows.json` reads a local file in the data set's own schema. Under
 `accelerate launch` each process answers a share of the problems.
 """
@@ -11,6 +11,7 @@ the model itself in a bounded cache. `--data math500=rows.json` reads a local fi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 from datetime import timedelta
@@ -25,6 +26,16 @@ from arms import ARMS, MAX_COMPLETION_LENGTH, model_name, short_name
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftConfig, PeftModel, get_peft_model
+from records import (
+    FULL,
+    RESULTS,
+    changed_adapter,
+    changed_arguments,
+    check_adapter,
+    path_of,
+    weights_digest,
+    write,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_pte
@@ -32,7 +43,8 @@ from peft_pte import PTEConfig
 
 TASKS = ("math500", "olympiadbench", "minerva", "amc", "aime24", "aime25")
 HERE = Path(__file__).resolve().parent
-FULL = "full"
+# Arguments that decide what is measured; their defaults are the protocol's.
+MEASURED = ("temperature", "top_p", "dtype")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95)
     add("--dtype", default="bfloat16", help="of the base model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--results", type=Path, default=HERE / "results")
+    add("--results", type=Path, default=RESULTS)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     windows = [None if window == FULL else int(window) for window in args.cache_window]
@@ -65,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             f"`--cache-window` must be {FULL} for --arm lora, got {args.cache_window}: LoRA has no bounded cache."
         )
     args.cache_window = windows
+    args.changed = changed_arguments(args, parser, MEASURED)
     args.data = dict(entry.split("=", 1) for entry in args.data)
     unknown = sorted(set(args.data) - set(TASKS))
     if unknown:
@@ -121,8 +134,13 @@ def override_data(data: dict[str, str], folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML.
 
 
-def evaluate(harness: HFLM, task_manager: TaskManager, args: argparse.Namespace, tokens: int) -> dict[str, Any] | None:
-    """Scores by task, e.g. ``{"aime24": {"pass_at_1": 0.1, "pass_at_16": 0.3}}``; ``None`` but on the main process."""
+def evaluate(
+    harness: HFLM, task_manager: TaskManager, args: argparse.Namespace, tokens: int
+) -> tuple[dict[str, Any], dict[str, list[Any]]] | None:
+    """Scores by task, e.g. ``{"aime24": {"pass_at_1": 0.1, "pass_at_16": 0.3}}``, and the harness' samples by task.
+
+    ``None`` but on the main process.
+    """
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     output = lm_eval.simple_evaluate(
         model=harness,
@@ -139,12 +157,27 @@ def evaluate(harness: HFLM, task_manager: TaskManager, args: argparse.Namespace,
     )
     if output is None:
         return None
-    scores = {}
+    scores, all_samples = {}, {}
     for name in args.tasks:
-        samples = output["samples"][f"paper_{name}"]
+        samples = all_samples[name] = output["samples"][f"paper_{name}"]
         metrics = {metric: output["results"][f"paper_{name}"][f"{metric},all"] for metric in samples[0]["metrics"]}
         scores[name] = {**metrics, "problems": len(samples), "samples": len(samples[0]["resps"][0])}
-    return scores
+    return scores, all_samples
+
+
+def save_responses(folder: Path, all_samples: dict[str, list[Any]]) -> None:
+    """One JSON-lines file per task: problem, golds, every response and the scores, so that they can be graded again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, samples in all_samples.items():
+        rows = [
+            {
+                **{key: sample["doc"][key] for key in ("problem", "golds")},
+                "responses": sample["resps"][0],
+                **{metric: sample[metric] for metric in sample["metrics"]},
+            }
+            for sample in samples
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,40 +199,53 @@ def run(args: argparse.Namespace, accelerator: Accelerator, task_manager: TaskMa
     device = accelerator.device if accelerator.num_processes > 1 else args.device
     tokenizer = AutoTokenizer.from_pretrained(model_name(args.model), padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    origin: dict[str, Any] = {"adapter": None, "adapter_weights": None, "changed": args.changed}
+    if args.adapter is not None:
+        config = PeftConfig.from_pretrained(str(args.adapter))
+        check_adapter(args.arm, args.model, config)
+        origin["adapter"] = {name: value for name, value in config.to_dict().items() if value is not None}
+        origin["adapter_weights"] = weights_digest(args.adapter)
+        origin["changed"] = {**args.changed, **changed_adapter(args.arm, config)}
     for window in args.cache_window:
         model = load_model(args.model, args.adapter, window, args.dtype, device)
         for tokens in args.max_new_tokens:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             harness = make_harness(model, tokenizer, tokens, args.batch_size, accelerator)
-            scores = evaluate(harness, task_manager, args, tokens)
-            if scores is None:
+            found = evaluate(harness, task_manager, args, tokens)
+            del harness
+            if found is None:
                 continue
-            record = {
+            scores, samples = found
+            identity = {
                 "kind": "evaluation",
                 "model": short_name(args.model),
                 "arm": args.arm,
                 "cache_window": window,
                 "max_new_tokens": tokens,
+                **origin,
+                **{name: getattr(args, name) for name in ("limit", "data", "seed", *MEASURED)},
+            }
+            cuda = torch.cuda.is_available()
+            record = {
+                **identity,
                 "scores": scores,
-                "limit": args.limit,
-                "data": args.data,
-                "temperature": args.temperature,
-                "top_p": args.top_p,
-                "seed": args.seed,
-                "dtype": args.dtype,
-                "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-                "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+                "machine": torch.cuda.get_device_name() if cuda else "CPU",
                 "versions": {
                     module.__name__: module.__version__ for module in (peft_pte, torch, transformers, lm_eval)
                 },
             }
-            args.results.mkdir(parents=True, exist_ok=True)
-            name = f"{short_name(args.model)}-{args.arm}-{FULL if window is None else window}-{tokens}.json"
-            (args.results / name).write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{name}: {json.dumps(scores)}")
-        # Before the next is loaded, or two would have to fit.
-        del harness, model
+            names = (identity["model"], args.arm, FULL if window is None else window, tokens)
+            path = path_of(args.results, identity, *names)
+            write(path, record)
+            save_responses(path.with_suffix(""), samples)
+            print(f"{path.name}: {json.dumps(scores)}")
+        # Before the next is loaded, or two would have to fit. Modules refer to each other, so counting does not free them.
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

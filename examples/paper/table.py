@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from arms import ARMS, MAX_COMPLETION_LENGTH, MODELS
+from records import RESULTS
 
-HERE = Path(__file__).resolve().parent
 NOT_RUN = "not run"
 TASKS = ("math500", "olympiadbench", "minerva", "amc", "aime24", "aime25")
 GPU_BYTES = 40 * 1024**3  # The paper's A100.
@@ -29,12 +29,16 @@ PAPER_MAIN = {
     ("r1-llama-8b", "lora_c"): (59.1, 35.1),
     ("r1-llama-8b", "pte"): (59.8, 45.6),
 }
-# MATH-500 of R1-Distill-Llama-8B by window. Its rows "no global tokens" and "PTE + HeadKV" are no arms of this protocol.
+# MATH-500 of R1-Distill-Llama-8B by window. HeadKV is a policy that this package does not have.
 PAPER_WINDOWS = {
     "base": {768: 34.4, 1024: 39.6, 2048: 47.8},
+    "no_global": {768: 36.2, 1024: 41.0, 2048: 48.6},
     "global_only": {768: 46.8, 1024: 50.2, 2048: 54.0},
     "pte": {768: 48.4, 1024: 52.2, 2048: 55.4},
+    "pte_headkv": {768: 50.7, 1024: 53.4, 2048: 55.8},
 }
+MAIN_ARMS = ("lora", "lora_c", "global_only", "pte")
+LABELS = {**ARMS, "base": "base model", "pte_headkv": "PTE + HeadKV"}
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -50,14 +54,19 @@ def average(scores: dict[str, dict[str, float]]) -> float | None:
     return 100.0 * sum(scores[task]["pass_at_1"] for task in TASKS) / len(TASKS)
 
 
-def cell(value: float | None, unit: str = "") -> str:
-    """A figure, or that nobody has run it."""
-    return NOT_RUN if value is None else f"{value:.1f}{unit}"
+def cell(values: list[float], unit: str = "") -> str:
+    """A figure, the mean of several runs, or that nobody has run it."""
+    if not values:
+        return NOT_RUN
+    runs = f" ({len(values)} runs)" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{unit}{runs}"
 
 
-def find(records: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
-    """The record of a run, if there is one."""
-    return next((row for row in records if all(row.get(key) == value for key, value in wanted.items())), None)
+def find(records: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The records of a run of the protocol: of no other settings, of one seed each."""
+    return [
+        row for row in records if not row["changed"] and all(row.get(key) == value for key, value in wanted.items())
+    ]
 
 
 def main_table(records: list[dict[str, Any]], window: int) -> list[str]:
@@ -67,15 +76,15 @@ def main_table(records: list[dict[str, Any]], window: int) -> list[str]:
         "|---|---|---:|---:|---:|---:|",
     ]
     for model in MODELS:
-        for arm, label in ARMS.items():
+        for arm in MAIN_ARMS:
+            label = ARMS[arm]
             memory, accuracy = PAPER_MAIN.get((model, arm), (None, None))
             seen = None if arm == "lora" else window
             run = {"model": model, "arm": arm, "cache_window": seen}
             tested = find(records, kind="evaluation", max_new_tokens=MAX_COMPLETION_LENGTH, **run)
             trained = find(records, kind="training", **run)
-            peak = trained["peak_gpu_bytes"] if trained else None
-            share = None if peak is None else 100.0 * peak / GPU_BYTES
-            ours = average(tested["scores"]) if tested else None
+            share = [100.0 * row["peak_gpu_bytes"] / GPU_BYTES for row in trained if row["peak_gpu_bytes"]]
+            ours = [mean for row in tested if (mean := average(row["scores"])) is not None]
             paper = ("not given", "not given") if memory is None else (f"{memory} %", f"{accuracy}")
             lines.append(f"| {model} | {label} | {paper[0]} | {cell(share, ' %')} | {paper[1]} | {cell(ours)} |")
     return lines
@@ -90,10 +99,10 @@ def window_table(records: list[dict[str, Any]]) -> list[str]:
         cells = []
         for window in windows:
             run = {"model": "r1-llama-8b", "arm": arm, "cache_window": window}
-            record = find(records, kind="evaluation", max_new_tokens=MAX_COMPLETION_LENGTH, **run)
-            score = record["scores"].get("math500") if record else None
-            cells += [f"{paper[window]}", cell(100.0 * score["pass_at_1"] if score else None)]
-        lines.append(f"| {ARMS.get(arm, 'base model')} | {' | '.join(cells)} |")
+            found = find(records, kind="evaluation", max_new_tokens=MAX_COMPLETION_LENGTH, **run)
+            scores = [100.0 * row["scores"]["math500"]["pass_at_1"] for row in found if "math500" in row["scores"]]
+            cells += [f"{paper[window]}", cell(scores)]
+        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -102,22 +111,25 @@ def every_table(records: list[dict[str, Any]]) -> list[str]:
     runs = [record for record in records if record["kind"] == "evaluation"]
     if not runs:
         return [f"No evaluation: {NOT_RUN}."]
-    lines = [f"| model | arm | window | tokens | {' | '.join(TASKS)} |", "|---|---|---:|---:|" + "---:|" * len(TASKS)]
+    head = ["model", "arm", "window", "tokens", "seed", *TASKS, "not the protocol's"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 3) + "---|"]
     for run in runs:
         cells = []
         for task in TASKS:
             score = run["scores"].get(task, {})
-            shown = [cell(100.0 * score[name]) for name in ("pass_at_1", "pass_at_16") if name in score]
+            shown = [f"{100.0 * score[name]:.1f}" for name in ("pass_at_1", "pass_at_16") if name in score]
             cells.append(" / ".join(shown) or NOT_RUN)
         window = run["cache_window"] or "full"
-        lines.append(f"| {run['model']} | {run['arm']} | {window} | {run['max_new_tokens']} | {' | '.join(cells)} |")
+        changed = ", ".join(f"{name}={value}" for name, value in run["changed"].items())
+        row = [run["model"], run["arm"], window, run["max_new_tokens"], run["seed"], *cells, changed]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
     return lines
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache-window", type=int, default=768, help="window of the bounded arms in the first table")
     args = parser.parse_args(argv)
     records = read_records(args.results)

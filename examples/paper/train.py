@@ -10,7 +10,6 @@ what does not fit at once is generated and scored in portions. `--resume` contin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -35,9 +34,9 @@ from arms import (
     short_name,
 )
 from datasets import Dataset, load_dataset
+from records import FULL, RESULTS, changed_arguments, path_of, write
 from tasks.grading import is_correct
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import peft_pte
@@ -46,15 +45,20 @@ from peft_pte.integrations.trl import PTECallback
 DATASET = "BytedTsinghua-SIA/DAPO-Math-17k"
 
 
+# Choices of the machine and of the seed; all other arguments decide what is learned.
+MACHINE = {"output_dir", "results", "resume", "rollout_batch", "micro_batch", "save_steps", "gradient_checkpointing"}
+MACHINE |= {"report_to", "seed", "model", "arm", "dataset"}
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line; ``changed`` is what in it is not the protocol's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="qwen2.5-3b, qwen2.5-7b, r1-llama-8b, a hub id or a local folder")
     add("--arm", required=True, choices=ARMS)
     add("--dataset", default=DATASET, help="hub id, or a local JSON, JSON-lines or parquet file in its schema")
     add("--output-dir", type=Path, required=True)
-    add("--results", type=Path, default=Path(__file__).resolve().parent / "results", help="where table.py looks")
+    add("--results", type=Path, default=RESULTS, help="where table.py looks")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--batch", type=int, default=GLOBAL_BATCH, help="completions per step, of all processes together")
     add("--rollout-batch", type=int, default=64, help="completions generated together, per process")
@@ -73,7 +77,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     add("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
     add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.changed = changed_arguments(args, parser, sorted(set(vars(args)) - MACHINE))
+    if args.output_dir.exists() and any(args.output_dir.iterdir()) and not args.resume:
+        parser.error(f"`--output-dir` must be new or empty, got {args.output_dir}. Use --resume to continue a run.")
+    return args
 
 
 def batch_plan(batch: int, processes: int, rollout_batch: int, micro_batch: int) -> dict[str, int]:
@@ -95,18 +103,6 @@ def batch_plan(batch: int, processes: int, rollout_batch: int, micro_batch: int)
         "gradient_accumulation_steps": share // micro_batch,
         "steps_per_generation": rollout_batch // micro_batch,
     }
-
-
-class ShardedGeneration(TrainerCallback):
-    """Lets FSDP2 see `generate` as a forward of the model, so that it gathers what belongs to no decoder layer.
-
-    peft's `generate` calls the model inside its own, whatever the adapter; FSDP2 waits for a call of the outer one.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Once the model is sharded."""
-        if isinstance(model, FSDPModule):
-            register_fsdp_forward_method(model, "generate")
 
 
 def load_problems(name: str, tokenizer: Any, max_prompt_length: int) -> Dataset:
@@ -190,7 +186,6 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
             f"`--batch` must be what a step sees, got {args.batch} for {together} completions on each of "
             f"{trainer.accelerator.num_processes} processes. Start the script with `accelerate launch`."
         )
-    trainer.add_callback(ShardedGeneration())
     if args.arm != "lora":
         PTECallback.attach(trainer)
     return trainer
@@ -218,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         "arm": args.arm,
         "cache_window": None if args.arm == "lora" else args.cache_window,
         "data": {} if args.dataset == DATASET else {"dapo": args.dataset},
+        "changed": args.changed,
+        "seed": args.seed,
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "processes": trainer.accelerator.num_processes,
         "distributed": str(trainer.accelerator.distributed_type),
@@ -229,10 +226,10 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {module.__name__: module.__version__ for module in (peft_pte, torch, transformers, peft, trl)},
         "history": trainer.state.log_history,
     }
-    args.results.mkdir(parents=True, exist_ok=True)
-    window = "full" if args.arm == "lora" else args.cache_window
-    file = args.results / f"train-{short_name(args.model)}-{args.arm}-{window}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    identity = {name: record[name] for name in ("model", "arm", "cache_window", "data", "changed", "seed")}
+    window = FULL if args.arm == "lora" else args.cache_window
+    file = path_of(args.results, identity, "train", record["model"], args.arm, window)
+    write(file, record)
     print(f"{trainer.state.global_step} steps, {seconds:.0f} s. Adapter in {args.output_dir}, record in {file}.")
 
 

@@ -1,9 +1,12 @@
 """examples/paper offline: tiny random models for the three, ten-row files in the data sets' own schemas for the data."""
 
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
@@ -131,6 +135,8 @@ def texts(arguments):
 
 def test_the_arms_are_those_of_the_paper():
     assert set(arms.ARMS) == {"lora", *arms.STATE_UPDATE}
+    assert {*table.MAIN_ARMS, "no_global"} == set(arms.ARMS)
+    assert arms.adapter_config("no_global").num_global_tokens == 0
     pte = arms.adapter_config("pte")
     assert (pte.r, pte.num_global_tokens, pte.evict_ratio, pte.state_update) == (32, 32, 0.25, "progressive")
     assert arms.adapter_config("lora_c").state_update == "off"
@@ -153,8 +159,8 @@ def test_all_arms_adapt_the_same_linears_at_the_same_scale():
 
     layers, scales = zip(*map(adapted, arms.ARMS), strict=True)
     assert len(layers[0]) == 7 * config.num_hidden_layers
-    assert layers == (layers[0],) * 4
-    assert scales == ({2.0},) * 4
+    assert layers == (layers[0],) * 5
+    assert scales == ({2.0},) * 5
 
 
 # Grading
@@ -175,6 +181,17 @@ def test_all_arms_adapt_the_same_linears_at_the_same_scale():
         ("Answer:", "34", False),
         (r"\boxed{34", "34", False),
         ("Answer: -34", "34", False),
+        ("**Answer**: 34", "34", True),
+        (r"Answer: \$18.90", "18.9", True),
+        ("Answer: 18.9", r"\$18.90", True),
+        (r"Answer: 4.5 \times 10^{33}", "4.5e33", True),
+        (r"Answer: 6.63 \times 10^{-34}", "6.63e-34", True),
+        (r"Answer: 6.63 \times 10^{-33}", "6.63e-34", False),
+        ("Answer: 6.63e-34", "6.63e-34", True),
+        (r"Answer: \boxed{6.63e-34}", "6.63e-34", True),
+        ("Answer: 6.63e-33", "6.63e-34", False),
+        (r"Answer: x = 4500", "4.5e3", True),
+        (r'<think>end with "Answer: $Answer"</think>so \boxed{34}', "34", True),
     ],
 )
 def test_answers_are_graded(response, gold, right):
@@ -191,6 +208,13 @@ def test_pass_at_k():
 
 
 # Training
+
+
+@pytest.fixture
+def alternating(monkeypatch):
+    """Half of the answers of every problem are right, so that there is something to learn."""
+    calls = itertools.count()
+    monkeypatch.setattr(train, "is_correct", lambda *args: next(calls) % 2 == 0)
 
 
 @pytest.mark.parametrize("processes", [1, 8, 16])
@@ -221,12 +245,30 @@ def test_problems_come_once_and_not_too_long(folder):
     ("model", "arm"),
     [("qwen2.5-3b", "lora"), ("qwen2.5-7b", "lora_c"), ("r1-llama-8b", "global_only"), ("qwen2.5-3b", "pte")],
 )
-def test_every_arm_trains(folder, tmp_path, model, arm):
+def test_every_arm_trains(folder, tmp_path, model, arm, alternating):
     train.main(texts(train_arguments(folder, tmp_path, model, arm)))
-    assert (tmp_path / "run" / "adapter_model.safetensors").stat().st_size > 0
     record = json.loads(next((tmp_path / "results").glob("train-*.json")).read_text())
-    assert record["history"][0]["reward"] == 0.0
-    assert ("pte/evictions_per_sequence" in record["history"][0]) == (arm != "lora")
+    step = record["history"][0]
+    assert step["reward"] == 0.5
+    assert step["grad_norm"] > 0
+    assert ("pte/evictions_per_sequence" in step) == (arm != "lora")
+    assert record["changed"]["max_steps"] == 1
+    # What starts at zero has moved.
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    written = [weight for name, weight in weights.items() if "pte_up" in name or "lora_B" in name]
+    assert written
+    assert all(weight.abs().max() > 0 for weight in written)
+
+
+def test_an_interrupted_run_is_continued_and_never_overwritten(folder, tmp_path, alternating, capsys):
+    arguments = train_arguments(folder, tmp_path, "qwen2.5-3b", "pte", "--save-steps", 1)
+    train.main(texts(arguments))
+    with pytest.raises(SystemExit):
+        train.main(texts(arguments))
+    assert "`--output-dir` must be new or empty" in capsys.readouterr().err
+    train.main(texts([*arguments, "--max-steps", 2, "--resume"]))
+    records = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("train-*.json")]
+    assert {tuple(row["step"] for row in record["history"] if "reward" in row) for record in records} == {(1,), (1, 2)}
 
 
 # Evaluation
@@ -269,7 +311,7 @@ def scores_of(evaluation, folder, tmp_path, model, *more):
     args = evaluation.parse_arguments(texts(evaluate_arguments(folder, tmp_path, "qwen2.5-3b", "base", *more)))
     evaluation.override_data(args.data, tmp_path)
     manager = TaskManager(include_path=[str(PAPER / "tasks"), str(tmp_path)], include_defaults=False)
-    return evaluation.evaluate(model, manager, args, 6)
+    return evaluation.evaluate(model, manager, args, 6)[0]
 
 
 def test_scores_come_from_the_harness_repeats(evaluation, folder, tmp_path):
@@ -285,9 +327,7 @@ def test_lora_is_evaluated_on_its_full_cache(evaluation, folder, tmp_path):
     train.main(texts(train_arguments(folder, tmp_path, "qwen2.5-3b", "lora")))
     arguments = evaluate_arguments(folder, tmp_path, "qwen2.5-3b", "lora", "--adapter", tmp_path / "run")
     evaluation.main(texts([*arguments, "--cache-window", "full", "--tasks", "olympiadbench"]))
-    assert set(json.loads((tmp_path / "results" / "qwen2.5-3b-lora-full-6.json").read_text())["scores"]) == {
-        "olympiadbench"
-    }
+    assert set(only(tmp_path / "results", "qwen2.5-3b-lora-full-6-*.json")["scores"]) == {"olympiadbench"}
 
 
 def test_a_trained_adapter_is_evaluated_under_other_windows(evaluation, folder, tmp_path):
@@ -296,9 +336,62 @@ def test_a_trained_adapter_is_evaluated_under_other_windows(evaluation, folder, 
     assert model.peft_config["default"].cache_window == 8
     arguments = evaluate_arguments(folder, tmp_path, "r1-llama-8b", "pte", "--adapter", tmp_path / "run")
     evaluation.main(texts([*arguments, "--cache-window", 4, "--tasks", "math500", "aime25"]))
-    record = json.loads((tmp_path / "results" / "r1-llama-8b-pte-4-6.json").read_text())
+    results = tmp_path / "results"
+    record = only(results, "r1-llama-8b-pte-4-6-*.json")
     assert record["scores"]["aime25"]["samples"] == 16
     assert record["scores"]["math500"]["problems"] == 2
+    assert record["changed"] == {"dtype": "float32", "r": 4, "num_global_tokens": 5, "cache_window": 4}
+    responses = next(results.glob("r1-llama-8b-pte-4-6-*/aime25.jsonl")).read_text().splitlines()
+    assert [len(json.loads(row)["responses"]) for row in responses] == [16, 16]
+    # Further test sets are added to the record; other settings make another one.
+    evaluation.main(texts([*arguments, "--cache-window", 4, "--tasks", "minerva"]))
+    assert set(only(results, "r1-llama-8b-pte-4-6-*.json")["scores"]) == {"math500", "aime25", "minerva"}
+    evaluation.main(texts([*arguments, "--cache-window", 4, "--tasks", "minerva", "--temperature", 0]))
+    assert len(list(results.glob("r1-llama-8b-pte-4-6-*.json"))) == 2
+    for arm in ("lora_c", "no_global"):
+        with pytest.raises(ValueError, match=f"`--arm` must be what the adapter was trained as, pte .*, got {arm}"):
+            evaluation.main(texts([*arguments, "--arm", arm, "--cache-window", 4]))
+    with pytest.raises(ValueError, match="`--model` must be the adapter's own"):
+        evaluation.main(texts([*arguments, "--model", folder / "qwen2.5-3b", "--cache-window", 4]))
+
+
+def test_windows_are_evaluated_one_after_the_other(evaluation, folder, tmp_path, monkeypatch):
+    alive, asked = [], []
+    original = evaluation.load_model
+
+    def load(*args):
+        gc.disable()  # What runs by chance proves nothing.
+        asked.append([model() is not None for model in alive])
+        model = original(*args)
+        alive.append(weakref.ref(model))
+        return model
+
+    sampling = []
+    monkeypatch.setattr(evaluation, "load_model", load)
+    monkeypatch.setattr(evaluation.HFLM, "_model_generate", record_sampling(sampling, evaluation.HFLM._model_generate))
+    arguments = evaluate_arguments(
+        folder, tmp_path, "qwen2.5-3b", "base", "--tasks", "amc", "--cache-window", 4, 8, "full"
+    )
+    try:
+        evaluation.main(texts(arguments))
+    finally:
+        gc.enable()
+    assert asked == [[], [False], [False, False]]
+    assert len(list((tmp_path / "results").glob("qwen2.5-3b-base-*-6-*.json"))) == 3
+    assert {(s["do_sample"], s["temperature"], s["top_p"], s["top_k"]) for s in sampling} == {(True, 0.6, 0.95, 0)}
+
+
+def record_sampling(into, original):
+    def generate(self, *args, **kwargs):
+        into.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    return generate
+
+
+def only(folder, pattern):
+    (file,) = folder.glob(pattern)
+    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("window", [8, None])
@@ -340,8 +433,10 @@ def test_arguments_that_contradict_each_other_are_refused(evaluation, folder, tm
     [
         ("single", "NO", 1),
         ("ddp_8", "MULTI_GPU", 8),
+        ("ddp_16", "MULTI_GPU", 16),
         ("fsdp2_8", "FSDP", 8),
         ("fsdp2_16", "FSDP", 16),
+        ("zero3_8", "DEEPSPEED", 8),
         ("zero3_16", "DEEPSPEED", 16),
     ],
 )
@@ -373,7 +468,11 @@ def test_the_table_says_what_nobody_has_run(tmp_path, capsys):
 def test_the_table_shows_whole_runs_and_leaves_trials_out(tmp_path, capsys):
     scores = {task: {"pass_at_1": 0.5} for task in table.TASKS}
     run = {"kind": "evaluation", "model": "r1-llama-8b", "arm": "pte", "cache_window": 768, "max_new_tokens": 3072}
+    run |= {"changed": {}, "seed": 0}
     (tmp_path / "a.json").write_text(json.dumps({**run, "scores": scores}))
+    # Nor is what was trained or sampled in another way the protocol's.
+    other = {task: {"pass_at_1": 0.9} for task in table.TASKS}
+    (tmp_path / "0.json").write_text(json.dumps({**run, "scores": other, "changed": {"r": 4}}))
     (tmp_path / "b.json").write_text(json.dumps({**run, "cache_window": 1024, "scores": scores, "limit": 2}))
     trained = {
         "kind": "training",
@@ -381,12 +480,18 @@ def test_the_table_shows_whole_runs_and_leaves_trials_out(tmp_path, capsys):
         "arm": "pte",
         "cache_window": 768,
         "peak_gpu_bytes": 20 * 2**30,
+        "changed": {},
     }
     (tmp_path / "c.json").write_text(json.dumps(trained))
     table.main(["--results", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "| r1-llama-8b | PTE | 59.8 % | 50.0 % | 45.6 | 50.0 |" in printed
     assert "| PTE | 48.4 | 50.0 | 52.2 | not run | 55.4 | not run |" in printed
+    assert "| PTE + HeadKV | 50.7 | not run |" in printed
+    assert "| 90.0 | r=4 |" in printed
+    (tmp_path / "d.json").write_text(json.dumps({**run, "scores": other, "seed": 1}))
+    table.main(["--results", str(tmp_path)])
+    assert "| PTE | 48.4 | 70.0 (2 runs) |" in capsys.readouterr().out
 
 
 # Two processes
@@ -414,5 +519,5 @@ def test_two_processes_train_and_evaluate(evaluation, folder, tmp_path):
     assert record["processes"] == 2
     more = ["--adapter", tmp_path / "run", "--cache-window", 4, "--tasks", "math500", "aime24", "--limit", 3]
     launch("evaluation.py", evaluate_arguments(folder, tmp_path, "qwen2.5-3b", "pte", *more))
-    record = json.loads((tmp_path / "results" / "qwen2.5-3b-pte-4-6.json").read_text())
+    record = only(tmp_path / "results", "qwen2.5-3b-pte-4-6-*.json")
     assert {task: score["problems"] for task, score in record["scores"].items()} == {"math500": 3, "aime24": 3}

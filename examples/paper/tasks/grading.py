@@ -19,17 +19,20 @@ INSTRUCTION = (
 )
 """DAPO's prompt, around every problem of the test sets as it is around those of DAPO-Math-17k."""
 
-_ANSWER = re.compile(r"Answer\s*:[*\s]*(\S[^\n]*)", re.IGNORECASE)
-_MATH_DELIMITERS = re.compile(r"\\[()\[\]]|\$")
+_ANSWER = re.compile(r"Answer[*\s]*:[*\s]*(\S[^\n]*)", re.IGNORECASE)
+_MATH_DELIMITERS = re.compile(r"\\[()\[\]]|\\?\$")
+_SCIENTIFIC = re.compile(r"([+-]?\d*\.?\d+)[eE]([+-]?\d+)")
 
 
 def extract_answer(response: str) -> str | None:
     """The answer that a response names, without the marks around it; ``None`` if it names none."""
+    # A thought may quote the instruction.
+    response = response.rpartition("</think>")[2]
     named = _ANSWER.findall(response)
-    if named and (bare := _bare(named[-1])):
-        return bare
-    boxed = response.rfind("\\boxed{")
-    return None if boxed < 0 else _braced(response, boxed + len("\\boxed{"))
+    bare = _bare(named[-1]) if named else ""
+    text = bare or response
+    boxed = text.rfind("\\boxed{")
+    return (bare or None) if boxed < 0 else _braced(text, boxed + len("\\boxed{"))
 
 
 def is_correct(response: str, *golds: str) -> bool:
@@ -42,7 +45,7 @@ def is_correct(response: str, *golds: str) -> bool:
     if answer is None:
         return False
     bare = [_bare(gold) for gold in golds]
-    return answer in bare or any(verify(_read(gold), _read(answer)) for gold in bare)
+    return answer in bare or any(_equal(gold, answer) for gold in bare)
 
 
 def pass_at_k(right: list[bool], k: int) -> float:
@@ -114,5 +117,14 @@ def _braced(text: str, start: int) -> str | None:
     return None
 
 
+def _equal(gold: str, answer: str) -> bool:
+    number = _SCIENTIFIC.fullmatch(gold)
+    if number is None:
+        return bool(verify(_read(gold), _read(answer)))
+    # math-verify reads no `e`, and rounds to six decimals, to which all small numbers are equal.
+    written = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer)
+    return bool(verify(_read(number[1]), _read(rf"{written.rpartition('=')[2]} \times 10^{{{-int(number[2])}}}")))
+
+
 def _read(answer: str) -> Any:
-    return parse(answer if "\\boxed{" in answer else f"\\boxed{{{answer}}}")
+    return parse(f"\\boxed{{{answer}}}")
