@@ -172,6 +172,21 @@ class SharpSlots(PlainSlots):
         return super().update(state, 4.0 * scores, values, tokens, gain)
 
 
+class NormSlots(VariantEncoder):
+    """Writing by address, where nothing but the norm of a row makes it forget."""
+
+    sharpness = 1.0
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return normalize_rows(state + gain * (self.sharpness * scores).softmax(dim=-1).mT @ values)
+
+
+class SharpNormSlots(NormSlots):
+    """The same, sharper from the start."""
+
+    sharpness = 4.0
+
+
 class Decay(VariantEncoder):
     """A learned decay per row (0.88 to 0.993 an eviction at the start) in place of the normalisation."""
 
@@ -224,6 +239,8 @@ VARIANTS: dict[str, type[VariantEncoder]] = {
     "slots": Slots,
     "slots-plain": PlainSlots,
     "slots-sharp": SharpSlots,
+    "slots-norm": NormSlots,
+    "slots-norm-sharp": SharpNormSlots,
     "decay": Decay,
     "delta": Delta,
     "delta-norm": DeltaNorm,
