@@ -187,6 +187,13 @@ class SharpNormSlots(NormSlots):
     sharpness = 4.0
 
 
+class MeanSlots(VariantEncoder):
+    """The same, where a row's weights are 1 on average whatever the number of tokens and of rows."""
+
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return normalize_rows(state + gain * mean_product(scores.shape[-1] * scores.softmax(dim=-1), values))
+
+
 class Decay(VariantEncoder):
     """A learned decay per row (0.88 to 0.993 an eviction at the start) in place of the normalisation."""
 
@@ -241,6 +248,7 @@ VARIANTS: dict[str, type[VariantEncoder]] = {
     "slots-sharp": SharpSlots,
     "slots-norm": NormSlots,
     "slots-norm-sharp": SharpNormSlots,
+    "slots-mean": MeanSlots,
     "decay": Decay,
     "delta": Delta,
     "delta-norm": DeltaNorm,
