@@ -13,7 +13,7 @@ WRONG = [
     ({"evict_ratio": 1.5}, ValueError, "`evict_ratio` must be above 0 and at most 1, got 1.5"),
     ({"eviction": "random"}, ValueError, "`eviction` must be one of 'sliding_window', 'key_diff', got 'random'"),
     ({"num_global_tokens": -1}, ValueError, "`num_global_tokens` must be at least 0, got -1"),
-    ({"encoder_attention": "flash"}, ValueError, "`encoder_attention` must be one of 'linear', 'softmax'"),
+    ({"encoder_attention": "flash"}, ValueError, "`encoder_attention` must be one of 'linear', 'softmax', 'slots'"),
     ({"update_gain": 0.0}, ValueError, "`update_gain` must be a positive number, got 0.0"),
     ({"update_gain": float("nan")}, ValueError, "`update_gain` must be a positive number"),
     ({"state_update": "none"}, ValueError, "`state_update` must be one of 'progressive', 'frozen', 'off'"),

@@ -89,6 +89,7 @@ def test_same_as_the_form_that_is_not_static(family, fields, evict_ratio):
     [
         ("llama", {}),
         ("llama", {"key_rotation": "kept", "encoder_attention": "softmax"}),
+        ("llama", {"encoder_attention": "slots"}),
         ("llama", {"state_address": "value", "num_global_tokens": 3}),
         ("glm", {}),
         ("gpt2", {}),

@@ -30,6 +30,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gain-3": {"overrides": {"update_gain": 3.0}},
     "gain-10": {"overrides": {"update_gain": 10.0}},
     "softmax": {"overrides": {"encoder_attention": "softmax"}},
+    "slots": {"overrides": {"encoder_attention": "slots"}},
     "rank-16": {"rank": 16, "global_tokens": 16},
     "queries-64": {"global_tokens": 64},
     "no-global": {"global_tokens": 0},

@@ -140,11 +140,20 @@ class CumulativeSoftmax(Cumulative):
         return state + gain * (scores.softmax(dim=1).mT @ values)
 
 
-class Slots(VariantEncoder):
-    """Writing by address: a token shares a learned gate out among the rows (softmax over ``Q``), which forget as much.
+class SlotsForget(VariantEncoder):
+    """Writing by address (``encoder_attention="slots"``), where a row also forgets as much as is written to it."""
 
-    A row that is not written to keeps what it holds.
-    """
+    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
+        return self.write(state, scores.softmax(dim=-1), values, gain)
+
+    def write(self, state: Tensor, shares: Tensor, values: Tensor, gain: float) -> Tensor:
+        """``shares [B, E, Q]``, what each row gets of each token, summed rather than averaged."""
+        kept = (1.0 - shares).prod(dim=1)
+        return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
+
+
+class SlotsGate(SlotsForget):
+    """The same, with a learned gate per token and a learned sharpness."""
 
     def prepare(self, rank: int, queries: int) -> None:
         self.gate = nn.Linear(2 * rank, 1)
@@ -152,46 +161,7 @@ class Slots(VariantEncoder):
 
     def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
         shares = self.gate(tokens).sigmoid() * (self.sharpness.exp() * scores).softmax(dim=-1)
-        kept = (1.0 - shares).prod(dim=1)
-        return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
-
-
-class PlainSlots(VariantEncoder):
-    """Writing by address with nothing else to learn: a token is shared out among the rows (softmax over ``Q``)."""
-
-    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
-        shares = scores.softmax(dim=-1)
-        kept = (1.0 - shares).prod(dim=1)
-        return normalize_rows(kept[..., None] * state + gain * shares.mT @ values)
-
-
-class SharpSlots(PlainSlots):
-    """The same, sharper from the start."""
-
-    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
-        return super().update(state, 4.0 * scores, values, tokens, gain)
-
-
-class NormSlots(VariantEncoder):
-    """Writing by address, where nothing but the norm of a row makes it forget."""
-
-    sharpness = 1.0
-
-    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
-        return normalize_rows(state + gain * (self.sharpness * scores).softmax(dim=-1).mT @ values)
-
-
-class SharpNormSlots(NormSlots):
-    """The same, sharper from the start."""
-
-    sharpness = 4.0
-
-
-class MeanSlots(VariantEncoder):
-    """The same, where a row's weights are 1 on average whatever the number of tokens and of rows."""
-
-    def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
-        return normalize_rows(state + gain * mean_product(scores.shape[-1] * scores.softmax(dim=-1), values))
+        return self.write(state, shares, values, gain)
 
 
 class Decay(VariantEncoder):
@@ -243,12 +213,8 @@ VARIANTS: dict[str, type[VariantEncoder]] = {
     "sum": Sum,
     "cumulative": Cumulative,
     "cumulative-softmax": CumulativeSoftmax,
-    "slots": Slots,
-    "slots-plain": PlainSlots,
-    "slots-sharp": SharpSlots,
-    "slots-norm": NormSlots,
-    "slots-norm-sharp": SharpNormSlots,
-    "slots-mean": MeanSlots,
+    "slots-forget": SlotsForget,
+    "slots-gate": SlotsGate,
     "decay": Decay,
     "delta": Delta,
     "delta-norm": DeltaNorm,

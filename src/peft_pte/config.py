@@ -14,7 +14,7 @@ from ._peft_type import PTE
 
 EVICTION_POLICIES = ("sliding_window", "key_diff")
 STATE_UPDATES = ("progressive", "frozen", "off")
-ENCODER_ATTENTIONS = ("linear", "softmax")
+ENCODER_ATTENTIONS = ("linear", "softmax", "slots")
 KEY_ROTATIONS = ("removed", "kept")
 STATE_ADDRESSES = ("key", "value")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -71,7 +71,9 @@ class PTEConfig(PeftConfig):
             like the average key; arXiv 2504.15364).
         num_global_tokens: Rows ``Q`` of the state, learned tokens that ask the questions (paper: 32). ``0`` starts
             from an empty state and keeps one learned query per rank.
-        encoder_attention: ``"linear"`` (the paper's ``S' = (W_Q h_g)(W_K K)^T (W_V V)``) or ``"softmax"``.
+        encoder_attention: ``"linear"``: the paper's ``S' = (W_Q h_g)(W_K K)^T (W_V V)``; ``"softmax"``: the same with a
+            softmax over the evicted tokens; ``"slots"``: with a softmax over the rows of the state, so that each token is
+            shared out among them and what is written to one leaves the others alone.
         update_gain: Factor on ``S'`` before it is added to the state.
         state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
@@ -131,7 +133,7 @@ class PTEConfig(PeftConfig):
         default="sliding_window", metadata={"help": "Which thoughts leave the window."}
     )
     num_global_tokens: int = field(default=32, metadata={"help": "Rows of the thought state; 0: no global start."})
-    encoder_attention: Literal["linear", "softmax"] = field(
+    encoder_attention: Literal["linear", "softmax", "slots"] = field(
         default="linear", metadata={"help": "Attention of the encoder over the evicted tokens."}
     )
     update_gain: float = field(default=1.0, metadata={"help": "Factor on an update of the state."})

@@ -57,6 +57,7 @@ def test_every_trained_parameter_gets_a_gradient(family):
     for fields in (
         {},
         {"state_address": "value"},
+        {"encoder_attention": "slots"},
         {"num_global_tokens": 0},
         {"state_update": "frozen"},
         {"state_update": "off"},

@@ -138,7 +138,11 @@ def test_one_micro_batch_or_several(family, address):
     assert_same_gradients({name: (halves[0][name] + halves[1][name]) / 2 for name in expected}, expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"state_address": "value"}, {"encoder_attention": "softmax"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"state_address": "value"}, {"encoder_attention": "softmax"}, {"encoder_attention": "slots"}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", TWO_FAMILIES)
 def test_triton_or_reference(family, fields):
     # Under the interpreter where there is no GPU.

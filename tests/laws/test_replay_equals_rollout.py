@@ -27,7 +27,7 @@ def test_replay_equals_rollout(family, dtype, eviction):
         assert_close(scored.to(expected.dtype), expected)
 
 
-@pytest.mark.parametrize(("address", "attention"), [("value", "linear"), ("key", "softmax")])
+@pytest.mark.parametrize(("address", "attention"), [("value", "linear"), ("key", "softmax"), ("key", "slots")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_readings_of_the_state(family, address, attention):
     model = make_pte(family, state_address=address, encoder_attention=attention)
@@ -78,6 +78,7 @@ def test_completions_that_end_early(family, attn_implementation):
         {"state_update": "off"},
         {"num_global_tokens": 0},
         {"encoder_attention": "softmax"},
+        {"encoder_attention": "slots", "state_address": "value"},
         {"key_rotation": "kept"},
         {"state_address": "value", "num_global_tokens": 3, "rank_pattern": {"q_proj": 2}},
         {"state_address": "value", "state_update": "off", "num_global_tokens": 3},

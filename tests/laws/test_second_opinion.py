@@ -33,7 +33,7 @@ METHODS = [
         id=f"{update}-{attention}-{keys}-{tokens}-{address}",
     )
     for update in ("progressive", "frozen", "off")
-    for attention in ("linear", "softmax")
+    for attention in ("linear", "softmax", "slots")
     for keys in ("removed", "kept")
     for tokens in (0, 5)
     for address in ("value", "key")
@@ -76,6 +76,8 @@ def oracle(model, prompt, thoughts):
         )
         keys, values = (h_g, h_g) if keys is None else (keys, values)
         scores = (h_g @ W_Q.T) @ (keys @ W_K.T).T / math.sqrt(R)
+        if pte.encoder_attention == "slots":
+            scores = len(scores) * scores.exp() / scores.exp().sum(dim=0)
         scores = scores.softmax(dim=-1) if pte.encoder_attention == "softmax" else scores / len(keys)
         return scores @ (values @ W_V.T)
 

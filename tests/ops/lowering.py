@@ -53,7 +53,7 @@ def compile_only(run):
     return call
 
 
-def compile_compress(layers, batch, heads, head_dim, softmax, interleaved):
+def compile_compress(layers, batch, heads, head_dim, attention, interleaved):
     cached = torch.zeros(1, 1, heads, 257, head_dim, dtype=torch.bfloat16).expand(layers, batch, -1, -1, -1)
     width = heads * head_dim
     angles = torch.zeros(1, 256, head_dim).expand(batch, -1, -1)
@@ -68,7 +68,7 @@ def compile_compress(layers, batch, heads, head_dim, softmax, interleaved):
         angles,
         torch.ones(1, 256, dtype=torch.bool).expand(batch, -1),
         0.3,
-        softmax,
+        attention,
         interleaved,
     )
 
@@ -91,14 +91,14 @@ def compile_delta(dtype):
     )
 
 
-def compile_encode(softmax):
+def compile_encode(attention):
     state, query, rows = torch.zeros(2, 32, 32), torch.zeros(32, 32), torch.zeros(2, 256, 256)
     weight, valid = torch.zeros(32, 256), torch.ones(2, 256, dtype=torch.bool)
     operands = (state, query, rows, rows, weight, weight, valid)
-    encode._forward._init_fn(*operands, 0.3, softmax)
+    encode._forward._init_fn(*operands, 0.3, attention)
     narrow, norm = torch.zeros(2, 256, 32), torch.zeros(2, 32)
     encode._backward_of_rows._init_fn(
-        state, state, norm, state, norm, query, narrow, narrow, valid, norm[:, 0], 0.3, softmax
+        state, state, norm, state, norm, query, narrow, narrow, valid, norm[:, 0], 0.3, attention
     )
 
 
@@ -107,9 +107,9 @@ if __name__ == "__main__":
     jit.JITFunction.run = compile_only(jit.JITFunction.run)
     tuning.capability_of = lambda device: f"sm_{CAPABILITY}"
     compress.multiprocessors = delta.multiprocessors = lambda device: 132
-    compile_compress(36, 64, 2, 128, softmax=False, interleaved=False)
-    compile_compress(32, 1, 8, 128, softmax=True, interleaved=False)
-    compile_compress(32, 64, 8, 128, softmax=True, interleaved=True)
+    compile_compress(36, 64, 2, 128, attention="linear", interleaved=False)
+    compile_compress(32, 1, 8, 128, attention="softmax", interleaved=False)
+    compile_compress(32, 64, 8, 128, attention="slots", interleaved=True)
     compile_delta(torch.bfloat16)
-    compile_encode(softmax=False)
-    compile_encode(softmax=True)
+    for attention in ("linear", "softmax", "slots"):
+        compile_encode(attention)

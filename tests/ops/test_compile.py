@@ -29,7 +29,7 @@ def assert_compiles(function, *operands):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_encode(impl, attention):
     shapes = ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))
@@ -78,7 +78,7 @@ def test_operations_are_declared_as_they_behave():
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     floats = [torch.randn(*shape, device=DEVICE) for shape in ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))]
-    torch.library.opcheck(encode_forward, (*floats, None, 0.3, True), test_utils=checks)
+    torch.library.opcheck(encode_forward, (*floats, None, 0.3, "softmax"), test_utils=checks)
     hidden, down, state, up, onto = (
         torch.randn(*shape, device=DEVICE) for shape in ((2, 7, 12), (5, 12), (2, 4, 5), (9, 4), (2, 7, 9))
     )
@@ -88,7 +88,7 @@ def test_operations_are_declared_as_they_behave():
     case = make_case(padded=True)
     folded = torch.randn(2, 5, 40, device=DEVICE)
     cached = (case["state"], case["keys"].nan_to_num(), case["values"].nan_to_num(), case["slots"], folded)
-    rest = (case["value_projection"], None, None, case["valid"], 0.3, False, False)
+    rest = (case["value_projection"], None, None, case["valid"], 0.3, "linear", False)
     torch.library.opcheck(_compress, (*cached, *rest), test_utils=checks)
 
 

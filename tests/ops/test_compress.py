@@ -94,6 +94,8 @@ def oracle(case, gain, attention, style):
             if tokens:
                 scores = torch.stack(scores, dim=-1)
                 weights = scores.softmax(dim=-1) if attention == "softmax" else scores / len(tokens)
+                if attention == "slots":
+                    weights = len(scores) * scores.exp() / scores.exp().sum(dim=0) / len(tokens)
                 total += gain * weights @ torch.stack(rows)
             norm = total.norm(dim=-1, keepdim=True)
             out[layer, row] = torch.where(norm > 0, total / norm, total)
@@ -143,14 +145,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compress(impl, shape, attention, style):
     assert_compresses(make_case(**SHAPES[shape]), impl, attention, style)
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_dtypes(impl, dtype, attention):
@@ -187,7 +189,7 @@ def test_an_empty_state_stays_empty(impl):
     assert torch.equal(case["state"], torch.zeros_like(case["state"]))
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_equals_encode_layer_by_layer(impl, attention):
     case = make_case(head_dim=24)
@@ -219,7 +221,7 @@ def test_offsets_beyond_32_bits(axis, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize(("layers", "heads"), [(36, 2), (28, 4), (32, 8)], ids=["Qwen2.5-3B", "Qwen2.5-7B", "Llama-8B"])
 def test_true_shapes(layers, heads, batch, attention):

@@ -21,6 +21,8 @@ def oracle_encode(state, query, keys, values, key_projection, value_projection, 
             v = values[row, kept] @ value_projection.T
             scores = query @ k.T / query.shape[-1] ** 0.5
             weights = scores.softmax(dim=-1) if attention == "softmax" else scores / len(kept)
+            if attention == "slots":
+                weights = len(query) * scores.exp() / scores.exp().sum(dim=0) / len(kept)
             update = weights @ v
         total = state[row] + gain * update
         norm = total.norm(dim=-1, keepdim=True)
@@ -29,7 +31,7 @@ def oracle_encode(state, query, keys, values, key_projection, value_projection, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -88,7 +90,7 @@ def test_auto_is_resolved_and_visible():
 
 def test_unknown_attention():
     operands = [torch.randn(*shape) for shape in ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))]
-    with pytest.raises(ValueError, match="`attention` must be 'linear' or 'softmax'"):
+    with pytest.raises(ValueError, match="`attention` must be one of 'linear', 'softmax', 'slots'"):
         encode(*operands, attention="flash")
 
 

@@ -23,6 +23,14 @@ def dot(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr = "ieee", UPCAST: tl.
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=DTYPE)
 
 
+@triton.jit
+def shares(scores, m_rows, AXIS: tl.constexpr):
+    """The softmax of ``scores`` over the rows of the state, which are along ``AXIS`` where ``m_rows`` says so."""
+    scores = tl.where(m_rows, scores, float("-inf"))
+    weights = tl.exp(scores - tl.expand_dims(tl.max(scores, axis=AXIS), AXIS))
+    return weights / tl.expand_dims(tl.sum(weights, axis=AXIS), AXIS)
+
+
 # tl.dot wants at least 16 along every axis.
 MIN_BLOCK = 16
 

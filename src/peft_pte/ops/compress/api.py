@@ -15,6 +15,7 @@ from ...shapes import (
     LayerStates,
     checked,
 )
+from ..encode.api import check_attention
 from ..implementation import resolve_impl
 
 ROTARY_STYLES = ("half", "interleaved")
@@ -60,7 +61,7 @@ def compress_(
         valid: ``[B, E]``, False for padding, which contributes exactly zero whatever its slots hold. ``None``: all
             valid.
         gain: Factor on the update.
-        attention: ``"linear"`` or ``"softmax"``, as in :func:`peft_pte.ops.encode`.
+        attention: ``"linear"``, ``"softmax"`` or ``"slots"``, as in :func:`peft_pte.ops.encode`.
         rotary_style: Which dimensions are a pair: ``"half"`` (``i`` and ``i + rotary_dim / 2``, Llama) or
             ``"interleaved"`` (``2 i`` and ``2 i + 1``, GPT-J, Cohere).
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
@@ -102,8 +103,7 @@ def _check(
     attention: str,
     rotary_style: str,
 ) -> None:
-    if attention not in ("linear", "softmax"):
-        raise ValueError(f"`attention` must be 'linear' or 'softmax', got {attention!r}.")
+    check_attention(attention)
     if rotary_style not in ROTARY_STYLES:
         raise ValueError(f"`rotary_style` must be one of {ROTARY_STYLES}, got {rotary_style!r}.")
     if state.dtype not in (torch.float32, torch.float64):

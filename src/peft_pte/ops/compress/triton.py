@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, dot, multiprocessors, row_of_bytes, tile
+from ..kernels import accumulator, block, dot, multiprocessors, row_of_bytes, shares, tile
 from ..tuning import blocks_for
 
 
@@ -61,6 +61,7 @@ def _compress_kernel(
     INTERLEAVED: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
     SPLIT: tl.constexpr,
     b_E: tl.constexpr,
     b_P: tl.constexpr,
@@ -170,6 +171,8 @@ def _compress_kernel(
             peak = higher
         else:
             weights = scores
+            if SLOTS:
+                weights = tl.where(m_e[:, None], Q * shares(scores, m_q[None, :], 1), 0.0)
             total += tl.sum(m_e.to(tl.int32), axis=0).to(DTYPE)
         update += dot(tl.trans(weights.to(DTYPE)), rows_v, DTYPE, PRECISION)
     if SPLIT:
@@ -242,7 +245,7 @@ def _compress(
     sin: Tensor | None,
     valid: Tensor | None,
     gain: float,
-    softmax: bool,
+    attention: str,
     interleaved: bool,
 ) -> None:
     layers, batch, heads, _, head_dim = keys.shape
@@ -267,7 +270,7 @@ def _compress(
         "GAIN": gain,
         "Q": queries,
         "R": rank,
-        "SOFTMAX": softmax,
+        "SOFTMAX": attention == "softmax",
         "b_Q": block(queries),
         "b_R": block(rank),
         "DTYPE": sums,
@@ -300,6 +303,7 @@ def _compress(
         INTERLEAVED=interleaved,
         HAS_VALID=mask is not None,
         SPLIT=splits > 1,
+        SLOTS=attention == "slots",
         b_E=b_e,
         b_P=tile(max(1, half), b_d),
         b_K=tile(max(1, head_dim - 2 * half), b_d),
@@ -347,6 +351,6 @@ def compress_triton(
         sin,
         valid,
         gain,
-        attention == "softmax",
+        attention,
         rotary_style == "interleaved",
     )

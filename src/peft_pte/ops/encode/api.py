@@ -8,6 +8,18 @@ from torch import Tensor
 from ...shapes import EvictedRows, EvictedValid, Projection, Query, State, checked
 from ..implementation import resolve_impl
 
+ATTENTIONS = ("linear", "softmax", "slots")
+
+
+def check_attention(attention: str) -> None:
+    """Refuse what no implementation computes.
+
+    Raises:
+        ValueError: ``attention`` is none of ``ATTENTIONS``.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"`attention` must be one of {', '.join(map(repr, ATTENTIONS))}, got {attention!r}.")
+
 
 @checked
 def encode(
@@ -37,7 +49,8 @@ def encode(
         valid: ``[B, E]``, False for padding, which contributes exactly zero. ``None``: all valid.
         gain: Factor on the update.
         attention: ``"linear"``: the mean over the valid evicted tokens of ``(q . k / sqrt(R)) v``; ``"softmax"``: the
-            softmax-weighted sum.
+            softmax-weighted sum; ``"slots"``: the mean with ``Q softmax_Q(q . k / sqrt(R))`` for the score, so that a token
+            is shared out among the rows.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -47,8 +60,7 @@ def encode(
         ValueError: ``attention`` or ``impl`` is none of the above.
         NotImplementedError: ``impl`` cannot run on the device of ``state``.
     """
-    if attention not in ("linear", "softmax"):
-        raise ValueError(f"`attention` must be 'linear' or 'softmax', got {attention!r}.")
+    check_attention(attention)
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     state, query, keys, values, key_projection, value_projection = (
         operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)

@@ -23,8 +23,16 @@ def encode_reference(
     projected_keys = torch.matmul(keys, key_projection.mT)
     projected_values = torch.matmul(values, value_projection.mT)
     scores = torch.matmul(query, projected_keys.mT) / math.sqrt(query.shape[-1])
-    weights = _masked_softmax(scores, valid) if attention == "softmax" else _masked_mean(scores, valid)
+    if attention == "softmax":
+        weights = _masked_softmax(scores, valid)
+    else:
+        weights = _masked_mean(share_out(scores) if attention == "slots" else scores, valid)
     return normalize_rows(state + gain * torch.matmul(weights, projected_values))
+
+
+def share_out(scores: Tensor) -> Tensor:
+    """Shares ``[.., Q, E]`` of each token among the rows, 1 on average, from scores ``[.., Q, E]``."""
+    return scores.shape[-2] * scores.softmax(dim=-2)
 
 
 def normalize_rows(state: Tensor) -> Tensor:

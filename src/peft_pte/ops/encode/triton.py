@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, dot, row_of_bytes
+from ..kernels import accumulator, block, dot, row_of_bytes, shares
 from ..tuning import blocks_for
 
 
@@ -43,6 +43,7 @@ def _forward_kernel(
     ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
     b_E: tl.constexpr,
     b_D: tl.constexpr,
     b_Q: tl.constexpr,
@@ -93,6 +94,8 @@ def _forward_kernel(
             update = update * shrink[:, None]
             peak = higher
         else:
+            if SLOTS:
+                scores = Q * shares(scores, m_q[:, None], 0)
             weights = tl.where(m_valid[None, :], scores, 0.0)
         update += dot(weights.to(DTYPE), rows_v, DTYPE)
     if SOFTMAX:
@@ -134,6 +137,7 @@ def _backward_kernel(
     ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
     b_E: tl.constexpr,
     b_Q: tl.constexpr,
     b_R: tl.constexpr,
@@ -178,8 +182,11 @@ def _backward_kernel(
             weights = tl.exp(scores - lse[:, None])
             grad_scores = weights * (grad_weights - expected[:, None])
         else:
-            weights = tl.where(m_valid[None, :], scores, 0.0) * share
             grad_scores = tl.where(m_valid[None, :], grad_weights, 0.0) * share
+            if SLOTS:
+                scores = Q * shares(scores, m_q[:, None], 0)
+                grad_scores = scores * (grad_scores - tl.sum(scores * grad_scores, axis=0)[None, :] / Q)
+            weights = tl.where(m_valid[None, :], scores, 0.0) * share
         weights = weights.to(DTYPE)
         grad_scores = (grad_scores / ROOT).to(DTYPE)
         grad_v = dot(tl.trans(weights), grad_update, DTYPE)
@@ -200,7 +207,7 @@ def _forward(
     value_projection: Tensor,
     valid: Tensor | None,
     gain: float,
-    softmax: bool,
+    attention: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The state after the eviction, and what the backward pass needs."""
     batch, evicted, width = keys.shape
@@ -231,7 +238,7 @@ def _forward(
         rank,
         width,
         HAS_VALID=mask is not None,
-        **_constants(state, queries, rank, gain, softmax),
+        **_constants(state, queries, rank, gain, attention),
         **blocks_for("encode", state.dtype, state.device),
     )
     return out, norm, update, lse, projected_keys, projected_values, share
@@ -261,7 +268,7 @@ def _backward_of_rows(
     valid: Tensor | None,
     share: Tensor,
     gain: float,
-    softmax: bool,
+    attention: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the old state, of the query by row ``[B, Q, R]``, and of the projected rows ``[B, E, R]``."""
     batch, evicted, rank = projected_keys.shape
@@ -288,7 +295,7 @@ def _backward_of_rows(
         queries,
         rank,
         HAS_VALID=mask is not None,
-        **_constants(out, queries, rank, gain, softmax),
+        **_constants(out, queries, rank, gain, attention),
         **blocks_for("encode_backward", out.dtype, out.device),
     )
     return grad_state, grad_query, grad_k, grad_v
@@ -302,12 +309,13 @@ def _(
     return out.new_empty(out.shape), out.new_empty(out.shape), narrow[0], narrow[1]
 
 
-def _constants(state: Tensor, queries: int, rank: int, gain: float, softmax: bool) -> dict[str, Any]:
+def _constants(state: Tensor, queries: int, rank: int, gain: float, attention: str) -> dict[str, Any]:
     # Numbers are constants of the compilation: as arguments they would be float32.
     return {
         "GAIN": gain,
         "ROOT": math.sqrt(rank),
-        "SOFTMAX": softmax,
+        "SOFTMAX": attention == "softmax",
+        "SLOTS": attention == "slots",
         "b_Q": block(queries),
         "b_R": block(rank),
         "DTYPE": accumulator(state.dtype)[1],
@@ -315,9 +323,9 @@ def _constants(state: Tensor, queries: int, rank: int, gain: float, softmax: boo
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, query, keys, values, key_projection, value_projection, valid, gain, softmax = inputs
+    _, query, keys, values, key_projection, value_projection, valid, gain, attention = inputs
     ctx.save_for_backward(*output, query, keys, values, key_projection, value_projection, valid)
-    ctx.settings = (gain, softmax)
+    ctx.settings = (gain, attention)
     ctx.set_materialize_grads(False)
 
 
@@ -357,5 +365,5 @@ def encode_triton(
 ) -> Tensor:
     """``S [B, Q, R]`` after the eviction; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
     operands = (state, query, keys, values, key_projection, value_projection, valid)
-    result: Tensor = _forward(*operands, gain, attention == "softmax")[0]
+    result: Tensor = _forward(*operands, gain, attention)[0]
     return result
