@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,6 +36,14 @@ def small_llama(
             tie_word_embeddings=False,
         )
     )
+
+
+def gone(thought: Tensor, window: int, evict: int) -> Tensor:
+    """How many thoughts have left the window when the one in column ``thought`` (counted from 0) is computed.
+
+    Thoughts fill the window; then ``evict`` of them leave whenever one must be written and there is no room.
+    """
+    return torch.where(thought < window, 0, ((thought - window) // evict + 1) * evict)
 
 
 class Training:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..small import gone
+
 EVENT = 3
 PROMPT = 1
 VALUES = 16
@@ -60,13 +62,8 @@ class Traces:
 
 
 def held(stated: Tensor, asked: Tensor, window: int, evict: int) -> Tensor:
-    """Whether the token in column ``stated`` is still in the window when the one in column ``asked`` is computed.
-
-    Thoughts fill the window; then ``evict`` of them leave whenever one must be written and there is no room.
-    """
-    thought = asked - PROMPT
-    gone = torch.where(thought < window, 0, ((thought - window) // evict + 1) * evict)
-    return stated - PROMPT >= gone
+    """Whether the token in column ``stated`` is still in the window when the one in column ``asked`` is computed."""
+    return stated - PROMPT >= gone(asked - PROMPT, window, evict)
 
 
 def make_traces(batch: int, length: int, generator: torch.Generator) -> Traces:

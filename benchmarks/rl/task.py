@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ..small import gone
+
 STATES = "ABCDEFGH"
 OPERATIONS = "abcdefgh"
 INDICES = 24
@@ -74,14 +76,10 @@ class Problems:
         return self.recalled - self.stated
 
     def held(self, window: int | None, evict: int) -> Tensor:
-        """``[B, F]``, whether the state is in the window when it must be recalled.
-
-        Thoughts fill the window; then ``evict`` of them leave whenever one must be written and there is no room.
-        """
+        """``[B, F]``, whether the state is in the window when it must be recalled."""
         if window is None:
             return torch.ones_like(self.asked, dtype=torch.bool)
-        gone = torch.where(self.recalled < window, 0, ((self.recalled - window) // evict + 1) * evict)
-        return self.stated >= gone
+        return self.stated >= gone(self.recalled, window, evict)
 
     def labels(self) -> Tensor:
         """``[B, P + T]``, the completion; -100 on the prompt."""

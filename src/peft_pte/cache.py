@@ -11,6 +11,7 @@ Towards transformers it is a ``Cache`` whose full-attention layers answer in *sl
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -115,7 +116,7 @@ class PTECache(Cache):
             else:
                 tensors.extend(_own_tensors(layer))
         tensors.extend(part for part in (self.prompt_mask, self.padding) if part is not None)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(map(held_bytes, tensors))
 
     def begin(self, prompt_length: int, prompt_mask: Tensor | None, batch: int, device: torch.device) -> None:
         """Say where the prompt ends, before it is written.
@@ -337,6 +338,12 @@ class PTECache(Cache):
 
 class _NoLayer:
     """Stands where a layer is not needed."""
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's distinct elements: rows that an expanded tensor repeats are held once."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in axes if stride or not size) * tensor.element_size()
 
 
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .cache import PTECache
+from .cache import PTECache, held_bytes
 from .config import PTEConfig
 from .slots import KeyValue
 from .state import Evicted, LayerState
@@ -238,7 +238,7 @@ class StaticPTECache(PTECache):
             tensors.extend(layer.tensors())
         rest = (self.slot_valid, self.positions, self.prompt_mask, self.padding)
         tensors.extend(part for part in rest if part is not None)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(map(held_bytes, tensors))
 
     def begin(self, prompt_length: int, prompt_mask: Tensor | None, batch: int, device: torch.device) -> None:
         """Say where the prompt ends, before it is written; as :meth:`PTECache.begin`."""

@@ -5,11 +5,14 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.memory import run as runner
-from benchmarks.memory.evaluate import evaluate, frozen_state, swapped_evictions
-from benchmarks.memory.model import new_model
-from benchmarks.memory.task import ASK, EQUALS, PROMPT, held, make_traces
+from benchmarks.memory.evaluate import buckets, evaluate, frozen_state, swapped_evictions
+from benchmarks.memory.model import new_model, recall
+from benchmarks.memory.task import ASK, EQUALS, PROMPT, VOCABULARY, Traces, held, make_traces
 from benchmarks.memory.train import Settings
 from benchmarks.memory.variants import VARIANTS, Delta, install, share_state
+from benchmarks.small import same_base
+from peft_pte.encoder import PTEEncoder
+from peft_pte.state import Evicted
 
 
 def test_every_question_asks_for_a_fact_stated_before():
@@ -97,6 +100,52 @@ def test_controls_change_what_a_model_recalls_and_then_leave_it_alone():
             assert not torch.equal(logits(), plain)
     assert torch.equal(logits(), plain)
     assert set(evaluate(model, 48, 4, 8, 2, 2)["buckets"]) >= {"window", "beyond_relay"}
+
+
+def test_buckets_are_told_apart_by_distance():
+    # One trace: a window of 8, of which 2 leave. Asked for in column 30, thought 29: thoughts up to 21 are gone.
+    stated = torch.tensor([[29, 23, 22, 18, 17, 14, 13, 10, 9, 1]])
+    empty = torch.empty(1, 0, dtype=torch.long)
+    traces = Traces(empty, empty, empty, stated, torch.full_like(stated, 30), empty)
+    found = {name: chosen[0].nonzero()[:, 0].tolist() for name, chosen in buckets(traces, 8, 2, layers=2).items()}
+    assert found == {
+        "window": [0, 1],
+        "evicted_to_1.5": [2, 3],
+        "1.5_to_2.5": [4, 5, 6, 7],
+        "over_2.5": [8, 9],
+        "evicted": [2, 3, 4, 5, 6, 7, 8, 9],
+        "beyond_relay": [6, 7, 8, 9],
+    }
+
+
+def test_swapped_evictions_are_those_of_the_neighbour():
+    torch.manual_seed(0)
+    config = Settings(window=8, rank=4, global_tokens=4, overrides={"init_weights": False}).config()
+    encoder = next(m for m in get_peft_model(new_model(), config).modules() if isinstance(m, PTEEncoder))
+    state, rows, places = torch.randn(3, 4, 4), torch.randn(2, 3, 4, 2, 16), torch.arange(2).expand(3, 1, 2)
+    rolled = Evicted(*rows.roll(1, dims=1), places, None)
+    expected = encoder("default", state, rolled)
+    with swapped_evictions(encoder):
+        assert torch.equal(encoder("default", state, Evicted(*rows, places, None)), expected)
+    assert not torch.equal(encoder("default", state, Evicted(*rows, places, None)), expected)
+
+
+def test_recall_is_that_of_the_value():
+    traces = make_traces(2, 48, torch.Generator().manual_seed(0))
+    logits = torch.zeros(*traces.input_ids.shape, VOCABULARY)
+    row = torch.arange(2)[:, None]
+    values = traces.input_ids[row, traces.stated]
+    logits[row, traces.asked, values] = 1.0
+    assert bool(recall(logits, traces).all())
+    logits[0, traces.asked[0, 0], traces.input_ids[0, traces.asked[0, 0]]] = 2.0
+    assert recall(logits, traces).logical_not().nonzero().tolist() == [[0, 0]]
+
+
+def test_runs_on_other_base_models_are_not_compared():
+    run = {"seed": 0, "settings": {}, "base_weights": "a"}
+    assert len(same_base([run, run, {**run, "seed": 1, "base_weights": "b"}])) == 3
+    with pytest.raises(ValueError, match="must share their base model, got several for seed 0"):
+        same_base([run, {**run, "base_weights": "b"}])
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from benchmarks.intervals import clustered_share, share
 from benchmarks.rl import task
 from benchmarks.rl.evaluate import EVALUATION_SEED, window_of
 from benchmarks.rl.report import peak_cache, report
 from benchmarks.rl.train import ARMS, Settings, adapt, evict_of
+from benchmarks.small import gone
 from peft_pte import PTECache
 from tests.cases import make_base
 
@@ -55,23 +57,21 @@ def test_columns_point_at_states_and_at_what_recalls_them():
 
 
 def test_what_the_window_holds_is_what_a_cache_holds():
-    made, window = problems(batch=1, steps=10, asked=10), 8
-    from peft import get_peft_model
-
-    model = get_peft_model(make_base("llama"), Settings(window=window).config())
+    made, window, prompt = problems(batch=1, steps=10, asked=10), 8, 5
     evict = evict_of(window)
-    cache = model.base_model.new_cache()
-    kept: list[int] = []
-    held = {}
-    thoughts = made.completion_ids.shape[1]
-    for thought in range(thoughts):
-        if len(kept) == window:
-            kept = kept[evict:]
-        kept.append(thought)
-        held[thought] = set(kept)
+    model = get_peft_model(make_base("llama"), Settings(window=window, rank=4, global_tokens=4).config())
+    cache, held = model.base_model.new_cache(), {}
+    tokens = torch.randint(3, 20, (1, prompt + made.completion_ids.shape[1]))
+    with torch.no_grad():
+        model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True)
+        for thought in range(tokens.shape[1] - prompt):
+            column = tokens[:, prompt + thought, None]
+            cache = model(input_ids=column, past_key_values=cache, use_cache=True).past_key_values
+            positions, _ = cache.thought_layers[0][1].table.used()
+            held[thought] = set((positions[0, 0] - prompt).tolist())
+            assert int(gone(torch.tensor(thought), window, evict)) == min(held[thought])
     expected = [[int(s) in held[int(r)] for s, r in zip(made.stated[0], made.recalled, strict=True)]]
     assert made.held(window, evict).tolist() == expected
-    assert cache.tokens_per_eviction == evict
     assert made.held(None, 0).all()
 
 
