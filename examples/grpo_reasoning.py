@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-global-tokens", type=int, default=16)
     add("--state-update", default="progressive", choices=["progressive", "frozen", "off"], help="PTE or its ablations")
     add("--state-address", default="key", choices=["key", "value"], help="what a token that left is found by")
+    add("--encoder-attention", default="linear", choices=["linear", "softmax", "slots"], help="docs/evidence.md")
     add("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -100,6 +101,7 @@ def main() -> None:
             cache_window=args.cache_window,
             state_update=args.state_update,
             state_address=args.state_address,
+            encoder_attention=args.encoder_attention,
         ),
         reward_funcs=make_reward(task, model, tokenizer, args.min_thought),
         train_dataset=Dataset.from_list(rows),

@@ -15,6 +15,7 @@ from ..intervals import wilson
 from ..machine import load_runs
 from ..tables import table
 from .evaluate import bootstrap, evictions, per_problem, solved
+from .run import changes, name_of
 from .settings import ARMS, Settings
 from .task import TASKS
 
@@ -59,13 +60,14 @@ def render(results: list[Result]) -> str:
 
 
 def _groups(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
-    groups = []
-    for task in TASKS:
-        for arm in ARMS:
-            named = (task, arm)
-            found = [r for r in results if (r["settings"]["task"], r["settings"]["arm"]) == named]
-            groups += [(task, arm, found)] if found else []
-    return groups
+    """Runs that differ by their seed alone, with their task and arm, in the order of the table."""
+    named: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        settings = result["settings"]
+        named.setdefault((settings["task"], settings["arm"], name_of(result)), []).append(result)
+    tasks, arms = list(TASKS), list(ARMS)
+    order = sorted(named, key=lambda key: (tasks.index(key[0]), arms.index(key[1]), key[2]))
+    return [(task, arm, named[task, arm, name]) for task, arm, name in order]
 
 
 def passes(found: list[Result], when: str, k: int) -> list[float]:
@@ -90,7 +92,7 @@ def _row(task: str, arm: str, found: list[Result]) -> list[str]:
     peaks = [result["training"]["peak_bytes"] for result in found]
     return [
         task,
-        ARMS[arm],
+        ", ".join([ARMS[arm], *(f"{name} {value}" for name, value in changes(found[0]).items())]),
         ", ".join(str(result["seed"]) for result in found),
         _cell(one["before"], bootstrap),
         _cell(one["after"], bootstrap),

@@ -14,6 +14,7 @@ import torch
 from peft import get_peft_model
 
 from examples.common import load_model
+from peft_pte import PTEConfig
 
 from ..machine import ROOT, provenance
 from .evaluate import SAMPLING_SEED, evaluate, per_problem, solved
@@ -91,15 +92,19 @@ def run(settings: Settings, seed: int, device: str, command: str, form: str, fol
     return result | origin
 
 
-def name_of(result: dict[str, Any]) -> str:
-    """Form, task, arm, and every setting that differs from the form's."""
-    settings = result["settings"]
+def changes(result: dict[str, Any]) -> dict[str, Any]:
+    """Every setting that differs from the form's, and every field of PTEConfig from its default."""
+    settings, default = result["settings"], PTEConfig()
     usual = asdict(settings_for(settings["arm"], settings["task"], result["form"]))
-    changed = [*settings["overrides"].items()]
-    changed += [(name, value) for name, value in settings.items() if name != "overrides" and value != usual[name]]
+    changed = {name: value for name, value in settings["overrides"].items() if value != getattr(default, name)}
+    return changed | {name: value for name, value in settings.items() if name != "overrides" and value != usual[name]}
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """Form, task, arm, and what was changed."""
     parts = [] if result["form"] == "default" else [result["form"]]
-    parts += [settings["task"], settings["arm"], *(f"{name}-{Path(str(value)).name}" for name, value in changed)]
-    return "-".join(parts)
+    parts += [result["settings"]["task"], result["settings"]["arm"]]
+    return "-".join([*parts, *(f"{name}-{Path(str(value)).name}" for name, value in changes(result).items())])
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:

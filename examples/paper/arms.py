@@ -52,6 +52,7 @@ def adapter_config(
     num_global_tokens: int = GLOBAL_TOKENS,
     cache_window: int = CACHE_WINDOW,
     state_address: str = "key",
+    encoder_attention: str = "linear",
 ) -> PeftConfig:
     """What ``GRPOTrainer(peft_config=...)`` is given for an arm; all arms adapt the same linears at the same scale.
 
@@ -71,4 +72,5 @@ def adapter_config(
         evict_ratio=EVICT_RATIO,
         state_update=STATE_UPDATE[arm],
         state_address=state_address,
+        encoder_attention=encoder_attention,
     )

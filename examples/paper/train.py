@@ -70,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=RANK)
     add("--num-global-tokens", type=int, default=GLOBAL_TOKENS)
     add("--state-address", default="key", choices=["key", "value"], help="key remembers more: docs/evidence.md")
+    add("--encoder-attention", default="linear", choices=["linear", "softmax", "slots"], help="linear is the paper's")
     add("--learning-rate", type=float, default=LEARNING_RATE)
     add("--max-steps", type=int, default=-1, help="-1: one epoch")
     add("--save-steps", type=int, default=20)
@@ -174,6 +175,7 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
             num_global_tokens=args.num_global_tokens,
             cache_window=args.cache_window,
             state_address=args.state_address,
+            encoder_attention=args.encoder_attention,
         ),
         reward_funcs=correctness,
         train_dataset=load_problems(args.dataset, tokenizer, args.max_prompt_length),

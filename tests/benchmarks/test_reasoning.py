@@ -244,6 +244,11 @@ def test_runs_that_differ_have_names_that_differ():
     changed = result("pte")
     changed["settings"] |= {"overrides": {"state_address": "value"}, "steps": 3}
     assert name_of(changed) == "products-pte-state_address-value-steps-3"
+    rows = [line for line in reports.render([result("pte"), changed]).splitlines() if line.startswith("| products")]
+    assert [row.split(" | ")[1] for row in rows] == ["PTE", "PTE, state_address value, steps 3"]
+    usual = result("pte")
+    usual["settings"] |= {"overrides": {"state_address": "key"}}
+    assert name_of(usual) == "products-pte"
     roomy = {**result("pte"), "form": "roomy", "settings": asdict(settings_for("pte", "products", "roomy"))}
     assert name_of(roomy) == "roomy-products-pte"
 
