@@ -32,7 +32,6 @@ def main() -> None:
         metavar="FIELD=VALUE",
         help="fields of Settings (train.py)",
     )
-    add("--variant", default=None, help="another update of the state, from benchmarks/memory/variants.py")
     add("--suffix", default=None, help="of the run's name; default: what --set and --setting say")
     add("--quick", action="store_true", help="a few small steps, to see that everything runs")
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="where base models are kept")
@@ -56,14 +55,12 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace, arm: str, protocol: str, seed: int) -> None:
     overrides, changes = dict(arguments.set), dict(arguments.setting)
-    settings = settings_for(arm, protocol, arguments.quick, overrides=overrides, variant=arguments.variant, **changes)
+    settings = settings_for(arm, protocol, arguments.quick, overrides=overrides, **changes)
     changed = "-".join(f"{field}-{value}" for field, value in [*arguments.set, *arguments.setting]) or None
     command = f"python -m benchmarks.rl run --arm {arm} --protocol {protocol} --seed {seed}"
     for option, pairs in (("--set", arguments.set), ("--setting", arguments.setting)):
         command += "".join([f" {option}", *(f" {field}={value}" for field, value in pairs)]) if pairs else ""
-    command += (f" --variant {arguments.variant}" if arguments.variant else "") + (
-        " --quick" if arguments.quick else ""
-    )
+    command += " --quick" if arguments.quick else ""
     name = name_of(settings, arguments.suffix or changed)
     base = base_model(settings.base_seed, settings.layers, arguments.device, arguments.checkpoints)
     result = run(base, settings, seed, command, name, arguments.quick)

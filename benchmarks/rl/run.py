@@ -40,7 +40,7 @@ def settings_for(arm: str, protocol: str, quick: bool = False, **changes: Any) -
 
 def name_of(settings: Settings, suffix: str | None = None) -> str:
     """The name of a run: arm, protocol, and what differs from the library's defaults."""
-    return "-".join(part for part in (settings.arm, settings.protocol, settings.variant, suffix) if part)
+    return "-".join(part for part in (settings.arm, settings.protocol, suffix) if part)
 
 
 def run(

@@ -17,7 +17,6 @@ from trl import GRPOConfig, GRPOTrainer
 from peft_pte import PTEConfig
 from peft_pte.integrations.trl import PTECallback
 
-from ..memory.variants import install
 from ..rollouts import Watch
 from ..small import Training
 from .model import hits
@@ -47,8 +46,6 @@ class Settings:
     global_tokens: int = 32
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of PTEConfig that differ from its defaults, beyond those of the arm."""
-    variant: str | None = None
-    """A change to the method itself, by its name in `benchmarks.memory.variants.VARIANTS`."""
     steps: int = 16
     """Of a problem."""
     asked: int = 6
@@ -85,10 +82,7 @@ class Settings:
 def adapt(base: PreTrainedModel, settings: Settings, seed: int) -> PeftModel:
     """``base`` with a fresh adapter of the arm."""
     torch.manual_seed(seed)
-    model = get_peft_model(base, settings.config())
-    if settings.variant is not None:
-        install(model, settings.variant, settings.config())
-    return model
+    return get_peft_model(base, settings.config())
 
 
 def warm_up(model: PeftModel, settings: Settings, seed: int) -> dict[str, Any]:
