@@ -24,6 +24,7 @@ COLUMNS = {
 ARM_NAMES = {
     "base": "base model, full cache",
     "pte": "PTE",
+    "pte-slots": "PTE, slots",
     "pte-value": "PTE, by value",
     "global-only": "Global-Only",
     "lora": "LoRA_c",
@@ -77,12 +78,14 @@ def _arms(arms: list[dict[str, Any]], index: int, length: int) -> str:
 
 
 def _controls(arms: list[dict[str, Any]]) -> str:
-    found = [result for result in arms if result["name"] == "pte"]
-    rows = [
-        _row(name, [result[key] for result in found], [result["seed"] for result in found])
-        for key, name in (("swapped_evictions", "evictions of another sequence"), ("frozen_state", "S stays S0"))
-        if found
-    ]
+    rows = []
+    for arm in ("pte", "pte-slots"):
+        found = [result for result in arms if result["name"] == arm]
+        rows += [
+            _row(f"{ARM_NAMES[arm]}: {name}", [result[key] for result in found], [result["seed"] for result in found])
+            for key, name in (("swapped_evictions", "evictions of another sequence"), ("frozen_state", "S stays S0"))
+            if found
+        ]
     return "**Controls of the trained PTE models.**\n\n" + _table(rows, "control") if rows else ""
 
 

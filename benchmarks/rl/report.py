@@ -142,15 +142,18 @@ def _median(values: list[float]) -> float:
 
 
 def draw(groups: dict[tuple[str, str, str], list[Run]], path: Path) -> None:
-    """Reward curves of both protocols, accuracy by cache, memory and speed. Variants stay in the table."""
-    main = {key: runs for key, runs in groups.items() if key[2] == f"{key[1]}-{key[0]}"}
+    """Reward curves of both protocols, accuracy by cache, memory and speed. Other settings of an arm stay in the table."""
+    main: dict[tuple[str, str], list[Run]] = {}
+    for (protocol, arm, name), runs in groups.items():
+        # The run of an arm under no other settings, else its first.
+        if name == f"{arm}-{protocol}" or (protocol, arm) not in main:
+            main[protocol, arm] = runs
     drawing, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained", width_ratios=(3, 3, 3, 2))
     for axis, protocol in zip(axes, PROTOCOL_NAMES, strict=False):
-        _curves(axis, {key[1]: runs for key, runs in main.items() if key[0] == protocol})
+        _curves(axis, {arm: runs for (shown, arm), runs in main.items() if shown == protocol})
         axis.set(title=PROTOCOL_NAMES[protocol], xlabel="GRPO step", ylabel="reward (share of answers right)")
-    last = {key[1]: runs for key, runs in main.items() if key[0] == "warm"} or {
-        key[1]: runs for key, runs in main.items()
-    }
+    warm = {arm: runs for (protocol, arm), runs in main.items() if protocol == "warm"}
+    last = warm or {arm: runs for (_, arm), runs in main.items()}
     _by_window(axes[2], last)
     _costs(axes[3], last)
     for axis in axes:
