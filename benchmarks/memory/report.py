@@ -113,7 +113,7 @@ def _ablations(results: list[dict[str, Any]], lengths: list[int]) -> str:
 
 def draw(arms: list[dict[str, Any]], path: Path) -> None:
     """Recall against distance in windows: one line per arm, one faint line per seed; longest traces."""
-    drawing, axis = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    drawing, axis = plt.subplots(figsize=(8.4, 4.0), layout="constrained")
     for colour, (arm, name) in enumerate(ARM_NAMES.items()):
         lines = [
             {
@@ -138,6 +138,6 @@ def draw(arms: list[dict[str, Any]], path: Path) -> None:
     axis.set(xlabel="distance to the fact, in windows", ylabel="facts recalled", ylim=(0, 1.02), xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc=(0.62, 0.2))
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 0.9))
     drawing.savefig(path, dpi=130)
     plt.close(drawing)

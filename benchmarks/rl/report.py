@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from ..small import same_base
 from ..theory import full_cache_bytes
 from .model import new_model
 from .task import CHANCE, make_problems
+from .train import PROTOCOLS, Settings
 
 ARM_NAMES = {"lora-full": "LoRA, full cache", "lora": "LoRA_c", "global-only": "Global-Only", "pte": "PTE"}
-PROTOCOL_NAMES = {"straight": "GRPO after the base model's SFT", "warm": "GRPO after an SFT of the adapter, too"}
 CONTROLLED = ("in_window", "evicted", "beyond_relay")
+USUAL_GRPO = {"grpo_steps": Settings.grpo_steps, "learning_rate": Settings.learning_rate}
 SMOOTH = 5
 """Steps that a point of a reward curve averages."""
 
@@ -40,7 +41,7 @@ def grouped(results: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for result in results:
         groups.setdefault((result["protocol"], result["arm"], result["name"]), []).append(result)
-    arms, protocols = list(ARM_NAMES), list(PROTOCOL_NAMES)
+    arms, protocols = list(ARM_NAMES), list(PROTOCOLS)
     return dict(
         sorted(groups.items(), key=lambda item: (protocols.index(item[0][0]), arms.index(item[0][1]), item[0][2]))
     )
@@ -142,20 +143,30 @@ def _median(values: list[float]) -> float:
 
 
 def draw(groups: dict[tuple[str, str, str], list[Run]], path: Path) -> None:
-    """Reward curves of both protocols, accuracy by cache, memory and speed. Other settings of an arm stay in the table."""
-    main: dict[tuple[str, str], list[Run]] = {}
-    for (protocol, arm, name), runs in groups.items():
-        # The run of an arm under no other settings, else its first.
-        if name == f"{arm}-{protocol}" or (protocol, arm) not in main:
-            main[protocol, arm] = runs
-    drawing, axes = plt.subplots(1, 4, figsize=(15, 3.8), layout="constrained", width_ratios=(3, 3, 3, 2))
-    for axis, protocol in zip(axes, PROTOCOL_NAMES, strict=False):
-        _curves(axis, {arm: runs for (shown, arm), runs in main.items() if shown == protocol})
-        axis.set(title=PROTOCOL_NAMES[protocol], xlabel="GRPO step", ylabel="reward (share of answers right)")
-    warm = {arm: runs for (protocol, arm), runs in main.items() if protocol == "warm"}
-    last = warm or {arm: runs for (_, arm), runs in main.items()}
-    _by_window(axes[2], last)
-    _costs(axes[3], last)
+    """The supervised start, rewards of GRPO, accuracy before and after it, and the cache; one colour per arm and method."""
+    lines: dict[str, dict[int, list[Run]]] = {}
+    for runs in groups.values():
+        settings = runs[0]["settings"]
+        # Other settings of GRPO stay in the table.
+        if all(settings[name] == usual for name, usual in USUAL_GRPO.items()):
+            lines.setdefault(_label(runs[0]), {})[_supervised(runs[0])] = runs
+    drawing, axes = plt.subplots(1, 4, figsize=(16, 4.0), layout="constrained", width_ratios=(3, 3, 3.6, 2))
+    for colour, (label, by_steps) in enumerate(lines.items()):
+        style = {"color": f"C{colour}", "label": label}
+        longest, shortest = by_steps[max(by_steps)], by_steps[min(by_steps)]
+        starts = [run["warm_up"]["curve"] for run in longest if "warm_up" in run]
+        if starts:
+            steps = [point["step"] for point in starts[0]]
+            _band(axes[0], steps, [[_recalled(point) for point in curve] for curve in starts], **style)
+        rewards = [_smoothed(run["grpo"]["curve"]["reward"]) for run in shortest]
+        _band(axes[1], range(SMOOTH, SMOOTH + min(map(len, rewards))), rewards, **style)
+    _before_and_after(axes[2], lines)
+    _costs(axes[3], {label: by_steps[min(by_steps)] for label, by_steps in lines.items()})
+    axes[0].set(title="Supervised start: evicted states right", xlabel="step", ylim=(0, 1.02))
+    axes[1].set(title="GRPO: reward, sampled", xlabel="step", ylim=(0, 1.02))
+    for axis in axes[:3]:
+        axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
+    axes[1].legend(frameon=False, fontsize=8, loc=(0.6, 0.56))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -163,52 +174,62 @@ def draw(groups: dict[tuple[str, str, str], list[Run]], path: Path) -> None:
     plt.close(drawing)
 
 
-def _colour(arm: str) -> str:
-    return f"C{list(ARM_NAMES).index(arm)}"
+def _label(run: Run) -> str:
+    settings = run["settings"]
+    changed = [str(value) for value in settings["overrides"].values()]
+    start = [] if _supervised(run) else ["no supervised start"]
+    return ", ".join([ARM_NAMES[run["arm"]], *changed, *start])
 
 
-def _curves(axis: Axes, arms: dict[str, list[Run]]) -> None:
-    for arm, runs in arms.items():
-        rewards = [_smoothed(run["grpo"]["curve"]["reward"]) for run in runs]
-        length = min(map(len, rewards))
-        columns = [[reward[step] for reward in rewards] for step in range(length)]
-        steps = [step + SMOOTH for step in range(length)]
-        axis.plot(steps, [sum(column) / len(column) for column in columns], color=_colour(arm), label=ARM_NAMES[arm])
-        axis.fill_between(steps, [*map(min, columns)], [*map(max, columns)], color=_colour(arm), alpha=0.2, linewidth=0)
-    axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
-    axis.set(ylim=(0, 1.02), xlim=(0, None))
-    if arms:
-        axis.legend(frameon=False, loc=(0.55, 0.62))
+def _supervised(run: Run) -> int:
+    settings = run["settings"]
+    return PROTOCOLS[settings["protocol"]] if settings["warm_steps"] is None else settings["warm_steps"]
+
+
+def _recalled(point: dict[str, float | None]) -> float:
+    """Share of evicted states that are right given the right trace; of all states where nothing is evicted."""
+    share = point["answers"] if point["evicted"] is None else point["evicted"]
+    assert share is not None
+    return share
+
+
+def _band(axis: Axes, steps: Sequence[int], curves: list[list[float]], color: str, label: str) -> None:
+    """The mean of ``curves`` and their range."""
+    columns = list(zip(*(curve[: len(steps)] for curve in curves), strict=True))
+    axis.plot(steps, [sum(column) / len(column) for column in columns], color=color, label=label)
+    axis.fill_between(steps, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.2, linewidth=0)
 
 
 def _smoothed(values: list[float]) -> list[float]:
     return [sum(values[end - SMOOTH : end]) / SMOOTH for end in range(SMOOTH, len(values) + 1)]
 
 
-def _by_window(axis: Axes, arms: dict[str, list[Run]]) -> None:
-    for arm, runs in arms.items():
-        rows = [row for row in runs[0]["evaluation"] if row["decoding"] == "sampled"]
-        places = range(len(rows))
-        shares = [[_at(run, row["window"])["reward"]["accuracy"] for run in runs] for row in rows]
-        means = [sum(share) / len(share) for share in shares]
-        bars = [[mean - min(share) for mean, share in zip(means, shares, strict=True)]]
-        bars += [[max(share) - mean for mean, share in zip(means, shares, strict=True)]]
-        axis.errorbar(
-            places, means, bars, color=_colour(arm), marker="o", markersize=4, capsize=3, label=ARM_NAMES[arm]
-        )
-        axis.set_xticks(list(places), [str(row["window"] or "all") for row in rows])
-    axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
+def _before_and_after(axis: Axes, lines: dict[str, dict[int, list[Run]]]) -> None:
+    """Greedy (square) and sampled (round) accuracy before GRPO (hollow) and after (filled), by supervised steps."""
+    ticks: list[str] = []
+    for colour, by_steps in enumerate(lines.values()):
+        for steps, runs in sorted(by_steps.items()):
+            for marker, offset, decoding in (("o", -0.16, "sampled"), ("s", 0.16, "greedy")):
+                pairs = [(_decoded(run["before_grpo"], decoding), _trained(run, decoding)) for run in runs]
+                before, after = (
+                    sum(e["reward"]["accuracy"] for e in column) / len(pairs) for column in zip(*pairs, strict=True)
+                )
+                place = [len(ticks) + offset - 0.06, len(ticks) + offset + 0.06]
+                axis.plot(place, [before, after], color=f"C{colour}", linewidth=1)
+                axis.plot(place[:1], [before], marker, color=f"C{colour}", markerfacecolor="white", markersize=5)
+                axis.plot(place[1:], [after], marker, color=f"C{colour}", markersize=5)
+            ticks.append(f"{steps}")
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axis.set(
-        title="After GRPO, by cache window", xlabel="thoughts the cache holds", ylabel="answers right", ylim=(0, 1.02)
+        title="Before GRPO (hollow) and after;\nround: sampled, square: greedy",
+        xlabel="supervised steps before",
+        ylabel="answers right",
+        ylim=(0, 1.02),
     )
 
 
-def _costs(axis: Axes, arms: dict[str, list[Run]]) -> None:
-    for place, (arm, runs) in enumerate(arms.items()):
-        megabytes = 1e-6 * peak_cache(runs[0])
-        speed = sum(run["grpo"]["rollout_tokens_per_second"] for run in runs) / len(runs)
-        axis.bar(place, megabytes, color=_colour(arm), width=0.7)
-        axis.text(place, megabytes, f"{speed / 1000:.1f}k\ntokens/s", ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(arms)), [ARM_NAMES[arm].replace(", ", ",\n") for arm in arms], fontsize=7)
-    axis.set(title="Peak cache, speed of rollouts", ylabel="MB")
-    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])
+def _costs(axis: Axes, lines: dict[str, list[Run]]) -> None:
+    for place, runs in enumerate(lines.values()):
+        axis.bar(place, 1e-6 * peak_cache(runs[0]), color=f"C{place}", width=0.7)
+    axis.set_xticks([])
+    axis.set(title="Peak cache of rollouts", ylabel="MB")
