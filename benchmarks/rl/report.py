@@ -166,7 +166,8 @@ def draw(groups: dict[tuple[str, str, str], list[Run]], path: Path) -> None:
     axes[1].set(title="GRPO: reward, sampled", xlabel="step", ylim=(0, 1.02))
     for axis in axes[:3]:
         axis.axhline(CHANCE, color="0.6", linewidth=1, linestyle=":")
-    axes[1].legend(frameon=False, fontsize=8, loc=(0.6, 0.56))
+    if lines:
+        axes[1].legend(frameon=False, fontsize=8, loc=(0.6, 0.56))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
