@@ -262,3 +262,13 @@ def test_statistics(generation):
     figures = seam.statistics.drain()
     assert figures["evictions_per_sequence"] == pytest.approx((8 + 0 + 1) / 3)
     assert seam.statistics.drain() == {}
+
+
+def test_a_state_that_all_rows_share_is_counted_once():
+    frozen, progressive = (
+        roll_out(make_pte("llama", state_update=update), make_prompts(), 2 * WINDOW).cache
+        for update in ("frozen", "progressive")
+    )
+    layers, rows = len(progressive.layers), len(make_prompts()["input_ids"])
+    state = SMALL["num_global_tokens"] * SMALL["r"] * 4
+    assert progressive.nbytes - frozen.nbytes == layers * (rows - 1) * state

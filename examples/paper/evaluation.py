@@ -3,8 +3,8 @@ r"""The six test sets under a cache window, through lm-evaluation-harness with o
     python examples/paper/evaluation.py --model qwen2.5-3b --arm pte --adapter outputs/paper/qwen2.5-3b-pte \
         --cache-window 768 1024 2048 --max-new-tokens 3072
 
-One record per window and length goes to `--results`, its responses to a folder beside; `table.py` reads the records. `--arm base` (no adapter) under a window is
-the model itself in a bounded cache. `--data math500=rows.json` reads a local file in the data set's own schema. Under
+One record per window and length goes to `--results`, its responses to a folder beside it; `table.py` reads the records. `--arm base`
+(no adapter) under a window is the model itself in a bounded cache. `--data math500=rows.json` reads a local file in the data set's own schema. Under
 `accelerate launch` each process answers a share of the problems.
 """
 

@@ -172,7 +172,8 @@ def _compress_kernel(
         else:
             weights = scores
             if SLOTS:
-                weights = tl.where(m_e[:, None], Q * shares(scores, m_q[None, :], 1), 0.0)
+                # A padded token has a share as well, and values of zero.
+                weights = Q * shares(scores, m_q[None, :], 1)
             total += tl.sum(m_e.to(tl.int32), axis=0).to(DTYPE)
         update += dot(tl.trans(weights.to(DTYPE)), rows_v, DTYPE, PRECISION)
     if SPLIT:
