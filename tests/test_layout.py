@@ -1,42 +1,8 @@
-"""Where prompts end, and the layout in which all rows end theirs in one column."""
+"""The layout in which all rows end their prompts in one column."""
 
 import torch
 
-from peft_pte.layout import PromptSpec, lay_out
-
-IGNORE = -100
-
-
-def boundaries(labels=None, mask=None, **fields):
-    mask = None if mask is None else torch.tensor(mask).bool()
-    shape = torch.tensor(labels if labels is not None else fields.get("shift_labels")).shape
-    spec = PromptSpec(
-        labels=None if labels is None else torch.tensor(labels),
-        shift_labels=None if "shift_labels" not in fields else torch.tensor(fields["shift_labels"]),
-        length=fields.get("length"),
-    )
-    return spec.boundaries(shape[0], shape[1], mask, torch.device("cpu")).tolist()
-
-
-def test_first_label_starts_the_thoughts():
-    assert boundaries([[IGNORE, IGNORE, 5, 6], [IGNORE, 5, IGNORE, 6]]) == [2, 1]
-
-
-def test_shifted_labels_start_one_later():
-    assert boundaries(shift_labels=[[IGNORE, 5, 6, IGNORE]]) == [2]
-
-
-def test_a_row_without_labels_is_prompt_to_its_end():
-    assert boundaries([[IGNORE] * 4, [IGNORE, IGNORE, 3, 3]], mask=[[0, 1, 1, 0], [1, 1, 1, 1]]) == [3, 2]
-
-
-def test_an_explicit_length_overrides():
-    assert boundaries([[IGNORE, 5, 6]], length=2) == [2]
-    assert boundaries([[IGNORE, 5, 6], [IGNORE, 5, 6]], length=torch.tensor([2, 0])) == [2, 0]
-
-
-def test_no_word_about_prompts():
-    assert PromptSpec().boundaries(2, 3, None, torch.device("cpu")) is None
+from peft_pte.layout import lay_out
 
 
 def test_grpo_layout_is_left_alone():

@@ -105,11 +105,6 @@ def test_segment_length(fields, reason):
         PTEConfig(**{**SMALL, **fields})
 
 
-def test_generation_without_a_cache():
-    with pytest.raises(ValueError, match="`use_cache` must be True"):
-        make_pte().generate(**make_prompts(), max_new_tokens=4, use_cache=False)
-
-
 def test_chunked_prefill():
     with pytest.raises(NotImplementedError, match="`prefill_chunk_size` must be unset"):
         make_pte().generate(**make_prompts(), max_new_tokens=4, prefill_chunk_size=2)
@@ -306,12 +301,6 @@ def test_a_mask_that_forgets_what_was_seen():
             attention_mask=torch.ones(3, 1, dtype=torch.long),
             past_key_values=cache,
         )
-
-
-def test_prompt_length_outside_the_input():
-    model = make_pte()
-    with pytest.raises(ValueError, match="`prompt_length` must be between 0 and 4 columns, got 5"):
-        model(input_ids=torch.ones(1, 4, dtype=torch.long), prompt_length=5)
 
 
 def test_attentions_over_segments():

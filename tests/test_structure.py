@@ -15,7 +15,7 @@ from peft_pte.eviction import POLICIES
 PACKAGE = Path(peft_pte.__file__).parent
 # Lower floors never import upper ones; within a floor, imports may not form a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "config", "state"},
+    {"shapes", "_peft_type", "config", "state", "boundary"},
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
     {"thought_layer", "cache", "static_cache", "statistics"},
@@ -120,7 +120,7 @@ def test_the_reference_runs_with_torch_alone():
         "base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1))\n"
         "model = get_peft_model(base, peft_pte.PTEConfig(task_type='CAUSAL_LM', r=2, cache_window=4))\n"
         "out = model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=12, min_new_tokens=12)\n"
-        "model(input_ids=out, labels=out.clone()).loss.backward()\n"
+        "model(input_ids=out, labels=out.clone(), prompt_length=3).loss.backward()\n"
         "print('ran', out.shape[1])\n"
     )
     run = run_python(script)

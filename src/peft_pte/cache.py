@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .boundary import OpenPrompt, PromptEnds
 from .config import PTEConfig
 from .eviction import make_policy
 from .slots import Place, SlotTable
@@ -38,12 +39,12 @@ class PTECache(Cache):
         pte_config: The config of the adapter that will use it.
 
     Attributes:
-        prompt_length: Columns of the prompt ``P``, once it is known.
-        prompt_limit: Columns after which the first call holds thoughts already (assisted decoding sends its first
-            candidates along with the prompt); ``None``: the first call is the prompt.
+        prompt_length: Columns of the prompt ``P``, as far as it was seen.
+        prompt_ends: First thought column of each row among the columns of its caller, ``[B]``, once it is known.
+        open_prompt: What the rule must know of prompts that have not come to their end; ``None``: what follows is thoughts.
         evictions: Evictions so far.
         padding: Columns seen so far that were padding, ``[B]``; ``None``: no mask was given.
-        ragged: Whether some scored sequences ended before others, a 0-d tensor: nothing can be added to those.
+        ragged: Whether some sequences ended before others: nothing can be added to those.
         adapter: Name of the adapter whose states these are, once one used the cache.
         state: The thought state of the sequences.
 
@@ -69,10 +70,11 @@ class PTECache(Cache):
         self.adapter: str | None = None
         self.evictions = 0
         self.prompt_length: int | None = None
-        self.prompt_limit: int | None = None
+        self.prompt_ends: Tensor | None = None
+        self.open_prompt: OpenPrompt | None = None
         self.prompt_mask: Tensor | None = None
         self.padding: Tensor | None = None
-        self.ragged: Tensor | None = None
+        self.ragged = False
         # Validity ``[B, 1, m]`` of what was evicted and can still be seen.
         self._departing: tuple[Tensor, ...] = ()
 
@@ -91,6 +93,11 @@ class PTECache(Cache):
     def missing_prompt(self) -> int:
         """Columns of the prompt that were not written yet."""
         return max((self.prompt_length or 0) - self.get_seq_length(), 0)
+
+    @property
+    def holds_thoughts(self) -> bool:
+        """Whether a thought was written."""
+        return self.prompt_length is not None and self.get_seq_length() > self.prompt_length
 
     @property
     def room(self) -> int:
@@ -115,24 +122,44 @@ class PTECache(Cache):
                 tensors.extend(layer.tensors())
             else:
                 tensors.extend(_own_tensors(layer))
-        tensors.extend(part for part in (self.prompt_mask, self.padding) if part is not None)
+        tensors.extend(self._row_tensors())
         return sum(map(held_bytes, tensors))
 
-    def begin(self, prompt_length: int, prompt_mask: Tensor | None, batch: int, device: torch.device) -> None:
-        """Say where the prompt ends, before it is written.
+    def begin(self, columns: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
+        """Say how many columns of prompt come next, before they are written; until the first thought there may be more.
 
         Args:
-            prompt_length: ``P``, columns of the prompt, left padding included.
-            prompt_mask: ``[B, P]``, False for padding; ``None``: no padding.
+            columns: Columns of the prompt, or of its next part, left padding included.
+            mask: ``[B, columns]``, False for padding; ``None``: no padding.
             batch: ``B``.
             device: Where positions are kept.
         """
-        self.prompt_length, self.prompt_mask = prompt_length, prompt_mask
-        self.padding = None if prompt_mask is None else (~prompt_mask).sum(dim=1)
+        before = self.prompt_length or 0
+        self.prompt_length = before + columns
+        if mask is not None or self.prompt_mask is not None:
+            parts = ((self.prompt_mask, before), (mask, columns))
+            self.prompt_mask = torch.cat([_mask_or_ones(part, batch, width, device) for part, width in parts], dim=1)
+            self.padding = (~self.prompt_mask).sum(dim=1)
         shared: SlotTable | None = None
         for _, layer in self.thought_layers:
-            shared = shared or SlotTable.empty(batch, 1, layer.window, prompt_mask is not None, device)
-            layer.begin(prompt_length, shared)
+            shared = shared or SlotTable.empty(batch, 1, layer.window, self.prompt_mask is not None, device)
+            layer.begin(self.prompt_length, shared)
+
+    def note_prompt_ends(self, ends: PromptEnds, seen: int, columns: int) -> None:
+        """Keep where prompts end, and what the rule must know to go on where they do not.
+
+        Args:
+            ends: Of the columns that came last.
+            seen: Columns before those.
+            columns: How many they are.
+        """
+        first = torch.full_like(ends.unseen, columns, dtype=torch.long) if ends.first is None else ends.first
+        before = self.open_prompt
+        known = self.prompt_ends if before is not None else None
+        self.prompt_ends = (
+            seen + first if known is None or before is None else torch.where(before.rows, seen + first, known)
+        )
+        self.open_prompt = ends.open if ends.open is not None and bool(ends.open.rows.any()) else None
 
     def record(self, positions: Tensor, valid: Tensor | None) -> None:
         """Note which thoughts are about to be written: ``positions [B, T]``, ``valid [B, T]`` or ``None``."""
@@ -233,7 +260,7 @@ class PTECache(Cache):
         other.layers[index] = layer.fork(with_table=False) if isinstance(layer, ThoughtLayer) else copy.copy(layer)
         other.state = ThoughtState(len(self.layers))
         other.state.layers[index] = self.state.layers[index]
-        other.prompt_mask = other.padding = None
+        other.prompt_mask = other.padding = other.prompt_ends = other.open_prompt = None
         return other
 
     def take_layer(self, index: int, other: PTECache) -> None:
@@ -262,8 +289,8 @@ class PTECache(Cache):
         """Forget everything; the next call starts with a prompt."""
         super().reset()
         self.state.reset()
-        self.evictions, self.prompt_length, self.prompt_limit = 0, None, None
-        self.prompt_mask, self.padding, self.adapter, self.ragged = None, None, None, None
+        self.evictions, self.prompt_length, self.prompt_ends, self.open_prompt = 0, None, None, None
+        self.prompt_mask, self.padding, self.adapter, self.ragged = None, None, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` thoughts back.
@@ -316,8 +343,16 @@ class PTECache(Cache):
         self._map_layers(function, own)
         self._map_tables(lambda table: table.map(function))
         self.state.map(function)
-        self.prompt_mask = None if self.prompt_mask is None else function(self.prompt_mask)
-        self.padding = None if self.padding is None else function(self.padding)
+        for name in ("prompt_mask", "padding", "prompt_ends"):
+            part = getattr(self, name)
+            setattr(self, name, None if part is None else function(part))
+        self.open_prompt = None if self.open_prompt is None else self.open_prompt.map(function)
+
+    def _row_tensors(self) -> tuple[Tensor, ...]:
+        """What is kept of the rows beside keys, values and states."""
+        parts = (self.prompt_mask, self.padding, self.prompt_ends)
+        rest = () if self.open_prompt is None else self.open_prompt.tensors()
+        return (*(part for part in parts if part is not None), *rest)
 
     def _map_layers(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         for layer in self.layers:
@@ -349,9 +384,17 @@ def held_bytes(tensor: Tensor) -> int:
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     """What two adapters must share to be able to use one cache."""
     evict = None if config.cache_window is None else config.tokens_per_eviction
+    prompt_end = tuple(config.prompt_end) if isinstance(config.prompt_end, list) else config.prompt_end
     fields = ("cache_window", "eviction", "r", "num_global_tokens", "state_update", "encoder_attention", "update_gain")
     ranks = tuple(sorted(config.rank_pattern.items()))
-    return (evict, ranks, config.key_rotation, config.state_address, *(getattr(config, name) for name in fields))
+    return (
+        evict,
+        ranks,
+        prompt_end,
+        config.key_rotation,
+        config.state_address,
+        *(getattr(config, name) for name in fields),
+    )
 
 
 def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
@@ -368,7 +411,7 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
         )
     if cache.fingerprint != fingerprint(config):
         raise ValueError(
-            f"`past_key_values` was built for another adapter configuration (window, eviction, queries, rank, update): "
+            f"`past_key_values` was built for another adapter configuration (window, eviction, prompt end, queries, rank, update): "
             f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
         )
     if cache.adapter not in (None, adapter):

@@ -83,6 +83,10 @@ class PTEConfig(PeftConfig):
             ``"value"`` (a column): ``y = W x + scale A S (B x)``, ``B [R, in]``, ``A [out, Q]``; ``B x`` meets the values and
             is told the scores. ``"key"`` remembers far more (docs/evidence.md).
         key_rotation: ``"removed"``: the encoder reads keys without their rotary rotation. ``"kept"``: as cached.
+        prompt_end: Where the prompt of a row ends, as a rule on its tokens: the ids of a marker, after whose first occurrence thinking
+            starts (for a chat model the header of the assistant's turn: :func:`peft_pte.prompt_end`), or a number: the first
+            ``n`` tokens of every row (for text without prompts; 4 keeps the attention sinks). ``None``: what the call shows, its
+            labels or the prefill of ``generate``, which is a guess of that call. ``prompt_length=`` of a call overrides it.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
             ``False``: they are detached at every eviction; the gradient still flows through the states.
         impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. This field and those below are choices
@@ -146,6 +150,9 @@ class PTEConfig(PeftConfig):
     key_rotation: Literal["removed", "kept"] = field(
         default="removed", metadata={"help": "Whether the encoder reads keys without their rotary rotation."}
     )
+    prompt_end: list[int] | int | None = field(
+        default=None, metadata={"help": "Token ids after which thinking starts, or the first n tokens of every row."}
+    )
     backprop_through_cache: bool = field(
         default=True, metadata={"help": "Whether gradients flow through cached keys and values."}
     )
@@ -169,6 +176,7 @@ class PTEConfig(PeftConfig):
         self._check_choices()
         self._check_targets()
         self._check_segment_length()
+        self._check_prompt_end()
 
     def _check_numbers(self) -> None:
         _require_int("r", self.r, 1, "Use r=32 as in the paper")
@@ -271,6 +279,23 @@ class PTEConfig(PeftConfig):
                 f"`segment_length` must be {step} with backprop_through_cache=False, got {self.segment_length}: keys and "
                 "values are detached at every eviction. Leave it out."
             )
+
+    def _check_prompt_end(self) -> None:
+        if self.prompt_end is None:
+            return
+        remedy = "Use peft_pte.prompt_end(tokenizer) for a chat model, or 4 for text without prompts"
+        if isinstance(self.prompt_end, (list, tuple)):
+            self.prompt_end = list(self.prompt_end)
+            if not self.prompt_end:
+                raise ValueError(f"`prompt_end` must hold at least one token id, got []. {remedy}.")
+            for token in self.prompt_end:
+                _require_int("prompt_end", token, 0, remedy)
+            return
+        if isinstance(self.prompt_end, bool) or not isinstance(self.prompt_end, int):
+            raise TypeError(
+                f"`prompt_end` must be a list of token ids or a number of tokens, got {self.prompt_end!r}. {remedy}."
+            )
+        _require_int("prompt_end", self.prompt_end, 1, remedy)
 
     @property
     def num_queries(self) -> int:

@@ -123,7 +123,14 @@ def prepare(
         ValueError: The cache is of another adapter, or none is active.
     """
     batch, length = like.shape[:2]
-    if length != 1 or cache.prompt_length is None or cache.missing_prompt:
+    generation = seam.generation(cache)
+    prompted = generation is not None and generation.spec.length is not None
+    if (
+        length != 1
+        or cache.prompt_length is None
+        or cache.open_prompt is not None
+        or (prompted and not cache.holds_thoughts)
+    ):
         return attention_mask
     adapter = seam.require_adapter()
     check_cache(cache, seam.config(adapter), adapter)
@@ -134,6 +141,7 @@ def prepare(
     positions = positions.expand(batch, 1)
     evictions = cache.evictions
     announce(seam, adapter, cache, positions, valid)
+    cache.step_prepared = True
     seam.observe(cache, Layout(1, 1), evicted=cache.evictions > evictions)
     return seam.attention_mask(cache, positions, valid, None, evictions=0, prepared=True)
 

@@ -1,4 +1,4 @@
-"""Where the prompt of each row ends, and a layout in which all rows end it in the same column.
+"""A layout in which the prompts of all rows end in the same column.
 
 A batch to score may pad anywhere: TRL pads prompts left and completions right, an SFT collator pads right and its
 prompts end at different columns. The replay needs one layout: prompts end in column ``P``, thoughts start there, padding
@@ -15,40 +15,6 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class PromptSpec:
-    """What a scoring call said about where its prompts end."""
-
-    labels: Tensor | None = None
-    """``[B, N]``; the first column that is not -100 starts the thoughts."""
-    shift_labels: Tensor | None = None
-    """``[B, N]``, labels already shifted by one column."""
-    length: int | Tensor | None = None
-    """Prompt columns, for all rows or ``[B]``; it overrides the labels."""
-
-    def boundaries(self, batch: int, columns: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-        """First thought column of each row ``[B]``, or ``None`` if the whole input is prompt.
-
-        A row without any label is prompt to its last real token.
-
-        Raises:
-            ValueError: ``prompt_length`` is outside the input.
-        """
-        if self.length is not None:
-            length = torch.as_tensor(self.length, device=device).expand(batch)
-            if bool(((length < 0) | (length > columns)).any()):
-                raise ValueError(f"`prompt_length` must be between 0 and {columns} columns, got {self.length}.")
-            return length
-        labels = self.labels if self.labels is not None else self.shift_labels
-        if labels is None:
-            return None
-        column = torch.arange(columns, device=device)
-        shift = 0 if self.labels is not None else 1
-        first = torch.where(labels.to(device) != -100, column + shift, columns).amin(dim=1)
-        end = torch.full_like(first, columns) if mask is None else torch.where(mask, column + 1, 0).amax(dim=1)
-        return torch.minimum(first, end)
-
-
-@dataclass(frozen=True)
 class Layout:
     """How rows are laid out for the replay."""
 
@@ -62,6 +28,8 @@ class Layout:
     """``[B, N]``, the column that each input column went to; ``P + T`` for padding."""
     mask: Tensor | None = None
     """``[B, P + T]``, False for padding; ``None``: no padding."""
+    ragged: bool = False
+    """Whether padding stands among the columns of the thoughts: rows differ in their number."""
 
     def pack(self, rows: Tensor) -> Tensor:
         """``[B, N, ...] -> [B, P + T, ...]``."""
@@ -94,13 +62,15 @@ def lay_out(
         & ~(before[:, :-1] & ~real[:, 1:] & ~thought[:, 1:]).any()
         & ~(after[:, 1:] & ~real[:, :-1] & thought[:, :-1]).any()
     )
-    is_aligned, first, widest, longest = torch.stack(
-        [aligned.long(), boundaries[0], before.sum(dim=1).amax(), after.sum(dim=1).amax()]
+    thoughts = after.sum(dim=1)
+    is_aligned, first, widest, longest, shortest = torch.stack(
+        [aligned.long(), boundaries[0], before.sum(dim=1).amax(), thoughts.amax(), thoughts.amin()]
     ).tolist()
     needed = (first, columns - first) if is_aligned else (widest, longest)
     widest, longest = needed if agree is None else agree(*needed)
+    ragged = longest != shortest
     if is_aligned and (widest, longest) == needed:
-        return Layout(first, columns, mask=mask)
+        return Layout(first, columns, mask=mask, ragged=ragged)
     total = widest + longest
     rank_before, rank_after = before.cumsum(dim=1) - 1, after.cumsum(dim=1) - 1
     target = torch.where(before, widest - before.sum(dim=1, keepdim=True) + rank_before, widest + rank_after)
@@ -108,7 +78,7 @@ def lay_out(
     batch = boundaries.shape[0]
     source = column.new_zeros(batch, total + 1).scatter(1, target, column.expand(batch, -1))
     packed = torch.zeros_like(source, dtype=torch.bool).scatter(1, target, real)
-    return Layout(widest, total, source[:, :total], target, packed[:, :total])
+    return Layout(widest, total, source[:, :total], target, packed[:, :total], ragged)
 
 
 def _like(index: Tensor, rows: Tensor) -> Tensor:

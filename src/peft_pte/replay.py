@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from .boundary import Columns, PromptEnds, PromptSpec, find_prompt_ends, prompt_columns, shown_length
 from .cache import PTECache, check_cache
 from .config import SHORTEST_SEGMENT
 from .decode import announce, step
-from .layout import Layout, PromptSpec, lay_out
+from .layout import Layout, lay_out
 from .recompute import Offload, layers_recomputed, recomputed
 from .state import LayerState, Reading, bind
 from .static_cache import StaticPTECache
@@ -61,6 +62,17 @@ class Call:
         """Where the tokens are."""
         return next(iter(self.tokens.values())).device
 
+    @property
+    def seen(self) -> int:
+        """Columns of earlier calls."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
+
+    @property
+    def columns(self) -> Columns:
+        """What the rule for the end of a prompt reads."""
+        mask = None if self.mask is None else self.mask[:, self.seen :]
+        return Columns(self.tokens.get("input_ids"), mask, self.shape, self.device, self.seen)
+
 
 def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec) -> Any:
     """The forward of an adapted backbone; what a caller sees is what the backbone itself returns.
@@ -73,22 +85,78 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     call = _sort_arguments(seam, arguments)
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
-    batch, columns = call.shape
-    fresh = call.cache is None or call.cache.get_seq_length() == 0
-    boundaries = prompt.boundaries(batch, columns, call.mask, call.device) if fresh else None
-    limit = columns if call.cache is None or call.cache.prompt_limit is None else call.cache.prompt_limit
-    if fresh and boundaries is None and limit < columns:
-        boundaries = torch.full((batch,), limit, device=call.device)
-    if fresh and call.cache is None and (config.cache_window is None or boundaries is None) and not call.use_cache:
-        output = _run_whole(seam, adapter, call)
+    if config.cache_window is None:
+        output, cache = _run_unbounded(seam, adapter, call)
     else:
-        cache = call.cache if call.cache is not None else seam.new_cache(adapter)
-        if config.cache_window is None:
-            output = _run_unbounded(seam, adapter, call, cache)
+        ends = _find_ends(seam, adapter, call, prompt)
+        if call.cache is None and not call.use_cache and (ends is None or ends.first is None):
+            output, cache = _run_whole(seam, adapter, call), None
         else:
-            output = _run_segments(seam, adapter, call, cache, boundaries)
-        output.past_key_values = cache if call.use_cache else None
+            output, cache = _run_segments(seam, adapter, call, ends)
+    output.past_key_values = cache if call.use_cache else None
     return output if call.return_dict else output.to_tuple()
+
+
+def _find_ends(seam: Seam, adapter: str, call: Call, prompt: PromptSpec) -> PromptEnds | None:
+    """Where the prompts of this call end; ``None``: no rule was asked, since all of it is thoughts, or prompt.
+
+    Raises:
+        ValueError: They cannot be told and must be, or ``prompt_length`` contradicts what was written.
+        NotImplementedError: Rows are to be decoded together whose prompts end at different steps.
+    """
+    cache, generation = call.cache, seam.generation(call.cache)
+    if generation is not None:
+        prompt = generation.take()
+    if cache is not None and cache.prompt_length is not None and cache.open_prompt is None:
+        if prompt.length is not None and cache.holds_thoughts:
+            _check_known_length(cache, prompt.length, call)
+        if prompt.length is None or cache.holds_thoughts:
+            return None
+    config = seam.config(adapter)
+    rule = config.prompt_end
+    ends = find_prompt_ends(rule, prompt, call.columns, None if cache is None else cache.open_prompt)
+    if generation is not None:
+        _check_generation(rule, ends)
+    elif cache is None:
+        training = seam.model.training and torch.is_grad_enabled()
+        window = config.cache_window or 0
+        seam.prompt_watch.check(rule, prompt, ends.unseen, call.columns, window, training, adapter)
+    return ends
+
+
+def _check_known_length(cache: PTECache, length: Any, call: Call) -> None:
+    given = prompt_columns(length, call.shape[0], call.device)
+    known = cache.prompt_ends
+    if known is not None and bool((given != known.to(given.device)).any()):
+        raise ValueError(
+            f"`prompt_length` must be {shown_length(known)} for this cache, whose thoughts start there, got "
+            f"{shown_length(given)}. Leave it out, or prefill again without the cache."
+        )
+
+
+def _check_generation(rule: Any, ends: PromptEnds) -> None:
+    """Refuse a prefill after which the rows would not be in step, or would never come to an eviction."""
+    if ends.open is None:
+        return
+    open_rows = ends.open.rows
+    if isinstance(rule, int):
+        missing = (rule - ends.open.real).clamp(min=0)
+        if bool((missing != missing[0]).any()):
+            raise NotImplementedError(_RAGGED)
+        return
+    if bool(open_rows.any()):
+        raise ValueError(
+            f"`generate` got a prompt without its marker in rows {open_rows.nonzero().flatten().tolist()}: `prompt_end` {rule} does "
+            "not occur there, so all that follows would be prompt and nothing would ever be evicted. Apply the chat template "
+            "(add_generation_prompt=True), or say where the prompt ends: generate(..., prompt_length=input_ids.shape[1])."
+        )
+
+
+_RAGGED = (
+    "Rows of this batch differ in the number of tokens after the end of their prompts, and rows that are decoded together share one "
+    "clock: an eviction comes to all of them at once. Generate rows of one number of thoughts together (one row at a time always "
+    "works), or give `prompt_length` so that all of the input is prompt."
+)
 
 
 def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
@@ -105,7 +173,10 @@ def _sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     batch, columns = next(iter(tokens.values())).shape[:2]
     cache = rest.pop("past_key_values", None)
     mask = rest.pop("attention_mask", None)
-    seen = cache.get_seq_length() if isinstance(cache, PTECache) else 0
+    seen = 0
+    if isinstance(cache, PTECache):
+        _refuse_ragged(cache)
+        seen = cache.get_seq_length()
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise NotImplementedError(
@@ -156,9 +227,13 @@ def _run_whole(seam: Seam, adapter: str, call: Call) -> Any:
         )
 
 
-def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any:
+def _run_unbounded(seam: Seam, adapter: str, call: Call) -> tuple[Any, PTECache | None]:
+    """Nothing is ever evicted: one pass."""
+    if call.cache is None and not call.use_cache:
+        return _run_whole(seam, adapter, call), None
+    cache = call.cache if call.cache is not None else seam.new_cache(adapter)
     with bind(_Reader(seam, adapter, cache, call.shape)), _layers_uncheckpointed(seam):
-        return seam.inner(
+        output = seam.inner(
             **call.tokens,
             attention_mask=None if call.mask is None else call.mask.long(),
             position_ids=_positions(call, cache.get_seq_length()),
@@ -167,20 +242,28 @@ def _run_unbounded(seam: Seam, adapter: str, call: Call, cache: PTECache) -> Any
             return_dict=True,
             **call.rest,
         )
+    return output, cache
 
 
-def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundaries: Tensor | None) -> Any:
-    seen = cache.get_seq_length()
+def _run_segments(seam: Seam, adapter: str, call: Call, ends: PromptEnds | None) -> tuple[Any, PTECache]:
+    cache = call.cache if call.cache is not None else seam.new_cache(adapter)
+    seen, columns = call.seen, call.columns
     if seen:
-        _refuse_ragged(cache)
-        _check_continuation(call, cache, seen)
-    layout = Layout(call.shape[1], call.shape[1], mask=call.mask)
+        _check_continuation(call, cache, seen, later_turn=ends is None, unwatched=seam.generation(cache) is not None)
+    layout = Layout(columns.shape[1], columns.shape[1], mask=columns.mask)
     positions = _positions(call, seen)
+    boundaries = None if ends is None else ends.first
     if boundaries is not None:
-        _refuse_packed(call.positions, call.mask)
-        layout = lay_out(boundaries, call.mask, call.shape[1], _agreement(call.device) if seam.sharded() else None)
+        _refuse_packed(call.positions, columns.mask)
+        layout = lay_out(boundaries, columns.mask, columns.shape[1], _agreement(seam, call))
+        if seam.generation(cache) is not None:
+            if layout.ragged:
+                raise NotImplementedError(_RAGGED)
+            if ends is not None and ends.open is not None and isinstance(seam.config(adapter).prompt_end, list):
+                seam.prompt_watch.check_prefill(layout.columns - layout.prompt, cache.window or 0)
         # A cache in another layout than its caller's columns cannot be continued by the caller's masks.
         call.use_cache = call.use_cache and (layout.source is None or call.cache is not None)
+    past, sliding = cache.prompt_mask, any(cache.is_sliding)
     tokens = {name: layout.pack(rows) for name, rows in call.tokens.items()}
     positions = layout.pack(positions)
     config = seam.config(adapter)
@@ -195,15 +278,16 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
     most = seam.most_evictions(adapter) if cache.functional else 1
     outputs: list[Any] = []
     start, before = 0, cache.evictions
+    if ends is not None:
+        seam.check_positions(seen + layout.prompt)
+        prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
+        if isinstance(cache, StaticPTECache) and config.impl == "triton":
+            cache.share_blocks(seam.layer_devices)
+        cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
+        cache.note_prompt_ends(ends, seen, columns.shape[1])
     while start < layout.columns:
-        if cache.prompt_length is None:
-            seam.check_positions(layout.prompt)
-            prompt_mask = None if layout.mask is None else layout.mask[:, : layout.prompt]
-            if isinstance(cache, StaticPTECache) and config.impl == "triton":
-                cache.share_blocks(seam.layer_devices)
-            cache.begin(layout.prompt, prompt_mask, call.shape[0], call.device)
         length, evictions = _next_segment(seam, cache, layout, start, most, config.segment_length)
-        valid = None if layout.mask is None else layout.mask[:, seen + start : seen + start + length]
+        valid = None if layout.mask is None else layout.mask[:, start : start + length]
         if evictions and not config.backprop_through_cache:
             cache.detach_keys_and_values()
         part = slice(start, start + length)
@@ -214,7 +298,7 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             {name: rows[:, part] for name, rows in tokens.items()},
             positions[:, part],
             valid,
-            None if layout.mask is None else layout.mask[:, : seen + start + length],
+            _column_mask(past, layout.mask, call.shape[0], seen, start + length) if sliding else None,
             evictions,
             recompute and config.recompute_layers,
             call.rest,
@@ -225,12 +309,24 @@ def _run_segments(seam: Seam, adapter: str, call: Call, cache: PTECache, boundar
             cache.adopt(after)
         outputs.append(output)
         start += length
-    if call.cache is not None and boundaries is not None and layout.mask is not None:
-        cache.ragged = (~layout.mask[:, layout.prompt :]).any()
+    cache.ragged = layout.ragged
     if call.use_cache and cache.functional and not gradients:
         cache.make_in_place()
     seam.observe(cache, layout, evicted=cache.evictions > before)
-    return _join(outputs, layout)
+    return _join(outputs, layout), cache
+
+
+def _column_mask(past: Tensor | None, new: Tensor | None, batch: int, seen: int, columns: int) -> Tensor | None:
+    """``[B, seen + columns]``, False for padding, by the column: what sliding layers count; ``None``: no padding."""
+    if past is None and new is None:
+        return None
+    like = past if past is not None else new
+    real = torch.ones(batch, seen + columns, dtype=torch.bool, device=None if like is None else like.device)
+    if past is not None:
+        real[:, : min(past.shape[1], seen)] = past[:, :seen]
+    if new is not None:
+        real[:, seen:] = new[:, :columns]
+    return real
 
 
 def _refuse_ragged(cache: PTECache) -> None:
@@ -239,16 +335,18 @@ def _refuse_ragged(cache: PTECache) -> None:
     Raises:
         NotImplementedError: What was padding behind their ends stands in the window.
     """
-    if cache.ragged is not None and bool(cache.ragged):
+    if cache.ragged:
         raise NotImplementedError(
             "This cache holds scored sequences of different lengths, and padding took slots of the window in the shorter "
             "ones. Continue sequences of one length, one conversation per call, or prefill again without the cache."
         )
-    cache.ragged = None
 
 
-def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
+def _check_continuation(call: Call, cache: PTECache, seen: int, later_turn: bool, unwatched: bool) -> None:
     """Refuse a mask that contradicts the cache, or padding that would take the window's slots.
+
+    ``later_turn``: the new columns are thoughts; ``unwatched``: `generate` calls, which pads no single column, and no token
+    of it waits for the device.
 
     Raises:
         ValueError: The mask is missing, or hides what was cached as real (or the other way round).
@@ -261,8 +359,7 @@ def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
                 "ones for the new tokens, as `generate` does."
             )
         return
-    new_columns = call.shape[1]
-    if new_columns == 1:
+    if call.shape[1] == 1 and unwatched:
         return
     padding = torch.zeros(call.shape[0], device=call.device) if cache.padding is None else cache.padding
     if bool(((~call.mask[:, :seen]).sum(dim=1) != padding).any()):
@@ -271,11 +368,11 @@ def _check_continuation(call: Call, cache: PTECache, seen: int) -> None:
             "back. (After an end of sequence `generate` writes padding as real tokens.) Continue the rows that ended "
             "together, or prefill the conversation again without the cache."
         )
-    if bool((~call.mask[:, seen:]).any()):
+    if later_turn and bool((~call.mask[:, seen:]).any()):
         raise NotImplementedError(
-            "`attention_mask` pads a later turn: padding would take slots of the window, which all rows share, and evict "
-            "thoughts earlier than without it. Use turns of one length, one conversation per call, or prefill again "
-            "without the cache."
+            "`attention_mask` pads a later turn (or a row that ended): padding would take slots of the window, which all rows "
+            "share, and evict thoughts earlier than without it. Use turns of one length, one conversation per call, or prefill "
+            "again without the cache."
         )
 
 
@@ -445,19 +542,35 @@ def _positions(call: Call, seen: int) -> Tensor:
     return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
 
 
-def _agreement(device: torch.device) -> Callable[[int, int], tuple[int, int]]:
-    """Lets every process run as many segments as the one with the most.
+def _agreement(seam: Seam, call: Call) -> Callable[[int, int], tuple[int, int]] | None:
+    """What a layout must have beyond its rows' own columns: ``(prompt, thoughts)`` to ``(prompt, thoughts)``.
 
-    Sharded weights are gathered once per segment, by all processes together; one that has fewer would be waited for.
+    Sharded weights are gathered once per segment, by all processes together; one that has fewer would be waited for. A cache
+    of the caller's goes on in the caller's columns, so it has to have as many.
     """
+    if call.cache is None:
+        return partial(_widest, call.device) if seam.sharded() else None
 
-    def widest(prompt: int, thoughts: int) -> tuple[int, int]:
-        columns = torch.tensor([prompt, thoughts], device=device)
-        distributed.all_reduce(columns, op=distributed.ReduceOp.MAX)
-        prompt, thoughts = columns.tolist()
-        return prompt, thoughts
+    def all_columns(prompt: int, thoughts: int) -> tuple[int, int]:
+        if seam.sharded():
+            _, longest = _widest(call.device, 0, thoughts)
+            _, shortest = _widest(call.device, 0, -thoughts)
+            if longest != -shortest:
+                raise NotImplementedError(
+                    f"Processes that share their weights must prefill one number of thoughts, got {-shortest} to {longest}: each "
+                    "eviction gathers the weights. Give `prompt_length` so that all of the input is prompt."
+                )
+        return max(prompt, call.shape[1] - thoughts), thoughts
 
-    return widest
+    return all_columns
+
+
+def _widest(device: torch.device, prompt: int, thoughts: int) -> tuple[int, int]:
+    """The most columns of prompt and of thoughts that a process has."""
+    columns = torch.tensor([prompt, thoughts], device=device)
+    distributed.all_reduce(columns, op=distributed.ReduceOp.MAX)
+    prompt, thoughts = columns.tolist()
+    return prompt, thoughts
 
 
 def _refuse_packed(positions: Tensor | None, mask: Tensor | None) -> None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from .boundary import PromptSpec, PromptWatch
 from .cache import PTECache
 from .config import PTEConfig
 from .decode import prepare, step
 from .encoder import CHILD_NAME, PTEEncoder
 from .layer import PTELinear, weight_of
-from .layout import Layout, PromptSpec
+from .layout import Layout
 from .replay import run
 from .sites import find_backbone, find_sites
 from .static_cache import StaticPTECache
@@ -65,6 +67,7 @@ class Seam:
             module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
         ]
         self.statistics = Statistics()
+        self.prompt_watch = PromptWatch(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._calls = _Calls()
         self._install()
 
@@ -96,6 +99,7 @@ class Seam:
         setattr(self.model, _ATTRIBUTE, self)
         original = getattr(type(self.model), _HOOKED_METHOD)
         self.model._prepare_cache_for_generation = _bound(_prepare_cache, self.model, original)
+        self.model.generate = _bound(_generate, self.model, type(self.model).generate)
         self.model.create_masks_for_generate = functools.partial(_create_masks, self.model)
         self.model.generate_batch = functools.partial(_refuse_generate_batch, self.model)
         self._hooks = [
@@ -110,7 +114,7 @@ class Seam:
         del self.backbone.forward
         if self._inner is not None:
             self.backbone.forward = self._inner
-        for name in (_HOOKED_METHOD, _MASKS_METHOD, "generate_batch"):
+        for name in (_HOOKED_METHOD, _MASKS_METHOD, "generate", "generate_batch"):
             self.model.__dict__.pop(name, None)
         for module in (self.model, self.backbone):
             module.__dict__.pop(_ATTRIBUTE, None)
@@ -273,9 +277,21 @@ class Seam:
                 "use a model with a longer range."
             )
 
+    def note_cache(self, cache: Any) -> Generation | None:
+        """Note what the ``generate`` that runs on this thread decodes with; returns it."""
+        generation = self._calls.generations[-1] if self._calls.generations else None
+        if generation is not None:
+            generation.cache = cache
+        return generation
+
+    def generation(self, cache: PTECache | None) -> Generation | None:
+        """The ``generate`` that runs on this thread and decodes with ``cache``, if any."""
+        generations = self._calls.generations
+        return generations[-1] if generations and cache is not None and generations[-1].cache is cache else None
+
     def observe(self, cache: PTECache, layout: Layout, evicted: bool) -> None:
         """Let the statistics see a call."""
-        self.statistics.observe(cache, layout, evicted)
+        self.statistics.observe(cache, layout, evicted, decoding=self.generation(cache) is not None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in place of the backbone's forward."""
@@ -292,11 +308,25 @@ class Seam:
         return run(self, adapter, arguments, self._calls.take())
 
 
+@dataclass
+class Generation:
+    """A ``generate`` that runs."""
+
+    spec: PromptSpec
+    cache: PTECache | None = None
+
+    def take(self) -> PromptSpec:
+        """What it says about its prompts, to the call that prefills them."""
+        spec, self.spec = self.spec, PromptSpec()
+        return spec
+
+
 class _Calls(threading.local):
     """What the calls of the causal LM that run on this thread said about their prompts."""
 
     def __init__(self) -> None:
         self.stack: list[PromptSpec] = []
+        self.generations: list[Generation] = []
 
     def take(self) -> PromptSpec:
         """What the call said; once, so that a call which never came to its end leaves nothing to the next one."""
@@ -334,8 +364,8 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 
 def _is_step(arguments: dict[str, Any]) -> bool:
     """Whether these are the arguments of a step that :func:`prepare` prepared."""
-    mask = arguments.get("attention_mask")
-    return isinstance(arguments.get("past_key_values"), StaticPTECache) and mask is not None and mask.ndim == 4
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    return isinstance(cache, StaticPTECache) and cache.step_prepared and mask is not None and mask.ndim == 4
 
 
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -383,7 +413,9 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if not _is_step(kwargs):
+    if _is_step(kwargs):
+        kwargs["past_key_values"].step_prepared = False
+    else:
         _forget_call(model)
 
 
@@ -392,6 +424,22 @@ def _forget_call(model: nn.Module) -> None:
     stack = getattr(model, _ATTRIBUTE)._calls.stack
     if stack:
         stack.pop()
+
+
+def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -> Any:
+    """``generate``, which also takes ``prompt_length``, and decodes with the bounded cache whatever `use_cache` says."""
+    seam: Seam = getattr(self, _ATTRIBUTE)
+    adapter = seam.active_adapter()
+    if adapter is not None and seam.config(adapter).cache_window is not None:
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        if kwargs.get("use_cache", config.use_cache) is False:
+            # Trainers turn the cache off where gradients are checkpointed; the policy is the same with it, and the cache is bounded.
+            kwargs["use_cache"] = True
+    seam._calls.generations.append(Generation(PromptSpec(length=prompt_length)))
+    try:
+        return type(self).generate(self, *args, **kwargs)
+    finally:
+        seam._calls.generations.pop()
 
 
 def _prepare_cache(
@@ -406,16 +454,17 @@ def _prepare_cache(
             static = generation_config.cache_implementation == "static"
             model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
             made = True
-        cache = model_kwargs["past_key_values"]
-        if isinstance(cache, PTECache) and cache.get_seq_length() == 0:
-            cache.prompt_limit = _prompt_limit(generation_config, model_kwargs, generation_mode)
+        generation = seam.note_cache(model_kwargs["past_key_values"])
+        if generation is not None:
+            prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
+            generation.spec = replace(generation.spec, prefill=prefill)
         if made:
             return None
     return getattr(type(self), _HOOKED_METHOD)(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
 
-def _prompt_limit(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any) -> int | None:
-    """Columns of the prompt where the first call holds more than the prompt: an assistant's first candidates."""
+def _prefill_columns(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any) -> int | None:
+    """Columns of the input where the first call holds more than the prompt: an assistant's first candidates."""
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         return None
     mask = model_kwargs.get("attention_mask")
@@ -431,11 +480,6 @@ def _refuse_generation(generation_config: Any, bounded: bool) -> None:
         raise NotImplementedError(
             f'`cache_implementation` must be unset or "static" while a PTE adapter is active, got '
             f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
-        )
-    if generation_config.use_cache is False and bounded:
-        raise ValueError(
-            "`use_cache` must be True while a PTE adapter is active, got False: without its cache the model would see "
-            "every token again. Leave it out, or disable the adapter."
         )
     if generation_config.prefill_chunk_size is not None and bounded:
         raise NotImplementedError(

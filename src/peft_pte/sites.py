@@ -90,10 +90,16 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
 
     Raises:
         NotImplementedError: With the reason and the field to change.
+        ValueError: A marker of tokens that the model does not have.
     """
+    text_config: Any = model.config.get_text_config(decoder=True)
+    if isinstance(config.prompt_end, list) and max(config.prompt_end) >= text_config.vocab_size:
+        raise ValueError(
+            f"`prompt_end` must hold ids below {text_config.vocab_size}, the vocabulary of the model, got "
+            f"{max(config.prompt_end)}. Derive it from the model's own tokenizer: peft_pte.prompt_end(tokenizer)."
+        )
     if config.cache_window is None:
         return
-    text_config: Any = model.config.get_text_config(decoder=True)
     if config.eviction != "sliding_window" and model.dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
             f"`eviction` is {config.eviction!r} on a base in {model.dtype}: rounding can make it choose differently in a "

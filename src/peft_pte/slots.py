@@ -54,6 +54,12 @@ class SlotBuffer:
         self.block = like.map(lambda part: part.new_zeros(*part.shape[:2], capacity, part.shape[3]))
         self.length = 0
 
+    def reserve(self, capacity: int) -> None:
+        """Have at least ``capacity`` slots: a prompt may come in parts."""
+        more = capacity - self.block.length
+        if more > 0:
+            self.block = self.block.map(lambda part: functional.pad(part, (0, 0, 0, more)))
+
     def append(self, new: KeyValue) -> None:
         """Write ``new`` behind what is there."""
         for block, part in zip(self.block, new, strict=True):

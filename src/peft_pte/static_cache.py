@@ -164,13 +164,19 @@ class StaticPTECache(PTECache):
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values of a layer; as :meth:`StaticThoughtLayer.update`."""
         layer = self._layers[layer_idx]
-        if layer.block is None and self._devices:
-            layer.block = KeyValue(
-                self._slice("keys", layer_idx, key_states), self._slice("values", layer_idx, value_states)
-            )
-            for part in layer.block:
-                torch._dynamo.mark_static_address(part)
+        if layer.block is None:
+            self._allocate(layer_idx, key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)
+
+    def _allocate(self, index: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the slots of a layer for tensors like these."""
+        layer = self._layers[index]
+        if not self._devices:
+            layer.lazy_initialization(key_states, value_states)
+            return
+        layer.block = KeyValue(self._slice("keys", index, key_states), self._slice("values", index, value_states))
+        for part in layer.block:
+            torch._dynamo.mark_static_address(part)
 
     def _slice(self, kind: str, index: int, like: Tensor) -> Tensor:
         """The slots of one layer in the block of its device; a block of its own where its shape is another."""
@@ -205,6 +211,8 @@ class StaticPTECache(PTECache):
         self.blocks: dict[tuple[str, torch.device], Tensor] = {}
         self.stacked: dict[tuple[int, ...], Tensor] = {}
         self.written = self.held = 0
+        # Whether the next call is a step that was announced, with a mask over the slots: a caller's own 4D mask is not one.
+        self.step_prepared = False
         self.read_states: dict[int, Tensor] = {}
         self.slot_valid: Tensor | None = None
         self.positions: Tensor | None = None
@@ -236,16 +244,30 @@ class StaticPTECache(PTECache):
         tensors = [*self.state.tensors(), *self.read_states.values()]
         for _, layer in self.thought_layers:
             tensors.extend(layer.tensors())
-        rest = (self.slot_valid, self.positions, self.prompt_mask, self.padding)
+        rest = (self.slot_valid, self.positions, *self._row_tensors())
         tensors.extend(part for part in rest if part is not None)
         return sum(map(held_bytes, tensors))
 
-    def begin(self, prompt_length: int, prompt_mask: Tensor | None, batch: int, device: torch.device) -> None:
-        """Say where the prompt ends, before it is written; as :meth:`PTECache.begin`."""
-        super().begin(prompt_length, prompt_mask, batch, device)
+    def begin(self, columns: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
+        """Say how many columns of prompt come next, before they are written; as :meth:`PTECache.begin`."""
+        super().begin(columns, mask, batch, device)
+        self._reserve()
         self.slot_valid = torch.zeros(batch, self._layers[0].capacity, dtype=torch.bool, device=device)
-        self.slot_valid[:, :prompt_length] = True if prompt_mask is None else prompt_mask
+        self.slot_valid[:, : self.prompt_length] = True if self.prompt_mask is None else self.prompt_mask
         self.positions = torch.zeros(batch, self.ring, dtype=torch.long, device=device)
+
+    def _reserve(self) -> None:
+        """Have slots for all of the prompt; addresses stand still from the first thought on."""
+        before = [layer.block for layer in self._layers]
+        if all(block is None or block.length >= self._layers[0].capacity for block in before):
+            return
+        self.blocks = {}
+        for index, (layer, held) in enumerate(zip(self._layers, before, strict=True)):
+            if held is not None:
+                layer.block = None
+                self._allocate(index, *held)
+                for block, part in zip(layer.tensors(), held, strict=True):
+                    block.narrow(2, 0, part.shape[2]).copy_(part)
 
     def record(self, positions: Tensor, valid: Tensor | None) -> None:
         """Note which thought is about to be written, ``positions [B, 1]``, and announce its slot."""

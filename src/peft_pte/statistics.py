@@ -19,15 +19,15 @@ class Statistics:
         self._decoding_bytes = 0
         self._scoring_bytes = 0
 
-    def observe(self, cache: PTECache, layout: Layout, evicted: bool) -> None:
-        """Note a call that used ``cache``. A call of one token that evicted nothing has nothing to say."""
+    def observe(self, cache: PTECache, layout: Layout, evicted: bool, decoding: bool) -> None:
+        """Note a call that used ``cache``, ``decoding`` or scoring. A call of one token that evicted nothing has nothing to say."""
         if layout.columns == 1 and not evicted:
             return
         norm = cache.state.norm()
         if norm is not None:
             self._norms = [*self._norms[-63:], norm]
         scored = layout.columns - layout.prompt
-        if scored > 1:
+        if scored > 1 and not decoding:
             self._scored_evictions = [*self._scored_evictions[-63:], _evictions(cache, layout)]
             self._scoring_bytes = max(self._scoring_bytes, cache.nbytes)
         else:

@@ -87,6 +87,8 @@ class ThoughtLayer(CacheLayerMixin):
     def begin(self, prompt: int, table: SlotTable) -> None:
         """Reserve ``prompt`` slots for the prompt; ``table`` will say what the others hold."""
         self.prompt, self._table = prompt, table
+        if isinstance(self._store, SlotBuffer):
+            self._store.reserve(self.prompt + self.window)
 
     def hold(self, table: SlotTable) -> None:
         """From now on ``table`` says which thoughts are where."""
