@@ -359,7 +359,7 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 
     A partial and not a method: methods are copied and pickled by their name, which would find the original.
     """
-    return functools.update_wrapper(functools.partial(function, module), original)
+    return functools.update_wrapper(functools.partial(function, module), original, updated=())
 
 
 def _is_step(arguments: dict[str, Any]) -> bool:

@@ -102,9 +102,7 @@ def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
     batch = roll_out(model, make_prompts(prompts), 3 * WINDOW).truncated(3 * WINDOW, [24, 20, 3])
     expected, loss = gradients(model.train(), batch)
     monkeypatch.setattr("peft_pte.seam.Seam.sharded", lambda seam: True)
-    monkeypatch.setattr(
-        "peft_pte.replay._agreement", lambda device: lambda prompt, thoughts: (prompt + 3, thoughts + 9)
-    )
+    monkeypatch.setattr("peft_pte.replay._widest", lambda device, prompt, thoughts: (prompt + 3, thoughts + 9))
     model.gradient_checkpointing_enable()
     actual, loss_of_more = gradients(model, batch)
     assert_close(loss_of_more, loss)
