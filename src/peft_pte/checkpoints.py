@@ -46,12 +46,10 @@ def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: di
         ValueError: A tensor is missing, unexpected, of another shape, or not finite.
     """
     of_adapter = re.compile(rf"\.(?:{re.escape(prefix)}\w+|modules_to_save)\.{re.escape(adapter_name)}\.")
-    # Tied weights under each of their names; buffers, as modules_to_save are saved with theirs.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    held: dict[str, Tensor] = {**dict(model.named_buffers(remove_duplicate=False)), **parameters}
+    held: dict[str, Tensor] = model.state_dict(keep_vars=True)
     # peft strips this prefix later where the model has none.
     found = {name if name in held else name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in state_dict.items()}
-    missing = {name for name in parameters if of_adapter.search(name)} - found.keys()
+    missing = {name for name in held if of_adapter.search(name)} - found.keys()
     _refuse("is missing", missing, "The file is incomplete, or of another configuration")
     _refuse(
         "is in the file and not in the model",
@@ -59,7 +57,7 @@ def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: di
         "The adapter was made for a model with other layers, or with other target_modules",
     )
     # peft writes the embeddings too where the vocabulary has been resized.
-    own = {name for name in found if of_adapter.search(name)} | _embeddings(model, parameters)
+    own = {name for name in found if of_adapter.search(name)} | _embeddings(model, held)
     _refuse("belongs to the base model", found.keys() - own, "A file of an adapter holds its own tensors alone")
     shapes = [
         f"{name} (file {tuple(tensor.shape)}, model {_shape(held[name])})"
@@ -71,11 +69,11 @@ def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: di
     _refuse("is not finite", broken, "The file is corrupt, or the training that wrote it diverged")
 
 
-def _embeddings(model: nn.Module, parameters: dict[str, nn.Parameter]) -> set[str]:
+def _embeddings(model: nn.Module, held: dict[str, Tensor]) -> set[str]:
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     modules = [module for getter in getters if getter is not None and (module := getter()) is not None]
     weights = {id(weight) for module in modules for weight in module.parameters()}
-    return {name for name, parameter in parameters.items() if id(parameter) in weights}
+    return {name for name, tensor in held.items() if id(tensor) in weights}
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
