@@ -1,5 +1,6 @@
 """What the tests share: one place for tolerances, one way to roll out and to score."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -39,6 +40,20 @@ def make_pte(name="llama", *, dtype=torch.float32, seed=0, base=None, attn_imple
     config = PTEConfig(task_type="CAUSAL_LM", **{**SMALL, **fields})
     adapted = get_peft_model(base.to(dtype), config)
     return adapted.eval()
+
+
+_STATES = itertools.count(1000)
+
+
+def same_base(name="llama", **overrides):
+    """The base model that :func:`make_pte` adapts, and a state of the generator that nothing else has started from.
+
+    An adapter that is made next is like no other: it equals a saved one only if all of it is loaded.
+    """
+    torch.manual_seed(0)
+    base = make_base(name, **overrides)
+    torch.manual_seed(next(_STATES))
+    return base
 
 
 def make_prompts(lengths=(6, 3, 5), seed=1):

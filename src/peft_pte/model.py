@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .cache import PTECache
-from .checkpoints import check_adapter_state_dict
+from .checkpoints import check_adapter_state_dict, watch
 from .config import PTEConfig
 from .encoder import CHILD_NAME, PTEEncoder
 from .layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features
@@ -65,6 +65,7 @@ class PTEModel(BaseTuner):
         try:
             check_config(model, seam.sites, config)
             PTECache(seam.text_config, config)
+            watch(model, adapter_name, self.prefix)
             self._ranks: dict[int, int] = {}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))

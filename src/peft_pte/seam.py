@@ -40,6 +40,8 @@ from .statistics import Statistics
 _ATTRIBUTE = "_pte_seam"
 _HOOKED_METHOD = "_prepare_cache_for_generation"
 _MASKS_METHOD = "create_masks_for_generate"
+LOADER_METHOD = "_load_pretrained_model"
+"""What transformers loads an adapter's weights with; :mod:`peft_pte.checkpoints` watches it on the instance."""
 _NO_ADAPTER = (
     "`past_key_values` is a PTECache, but no PTE adapter is active: the base model would lose what was evicted. Enable the "
     "adapter, or leave the cache out."
@@ -114,7 +116,7 @@ class Seam:
         del self.backbone.forward
         if self._inner is not None:
             self.backbone.forward = self._inner
-        for name in (_HOOKED_METHOD, _MASKS_METHOD, "generate", "generate_batch"):
+        for name in (_HOOKED_METHOD, _MASKS_METHOD, LOADER_METHOD, "generate", "generate_batch"):
             self.model.__dict__.pop(name, None)
         for module in (self.model, self.backbone):
             module.__dict__.pop(_ATTRIBUTE, None)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOTrainer
 
@@ -190,11 +190,30 @@ def test_resumed_run_equals_the_uninterrupted_one(address, tmp_path):
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
     whole = make_trainer(tmp_path / "whole", config=pte_config(state_address=address), **fields)
     whole.train()
-    resumed = make_trainer(tmp_path / "whole", config=pte_config(state_address=address), **fields)
+    torch.manual_seed(97)  # An adapter that equals the other one only if it is loaded.
+    model = get_peft_model(make_trl_base(), pte_config(state_address=address))
+    resumed = make_trainer(tmp_path / "whole", model, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-4, abs=1e-7)
     for name, parameter in trainable(whole.model).items():
         torch.testing.assert_close(dict(resumed.model.named_parameters())[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_resumed_with_its_reference_adapter(tmp_path):
+    def trainer_of(seed, folder):
+        base = make_trl_base()
+        torch.manual_seed(seed)
+        return make_trainer(folder, get_peft_model(base, pte_config()), beta=0.1, save_strategy="steps", save_steps=2)
+
+    whole = trainer_of(91, tmp_path / "whole")
+    whole.train()
+    resumed = trainer_of(92, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for adapter in ("default", "ref"):
+        tensors = get_peft_model_state_dict(resumed.model, adapter_name=adapter)
+        for name, expected in get_peft_model_state_dict(whole.model, adapter_name=adapter).items():
+            assert torch.equal(tensors[name], expected), (adapter, name)
+    assert set(trainable(resumed.model)) == set(trainable(whole.model))
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path):
