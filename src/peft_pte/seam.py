@@ -361,7 +361,9 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 
     A partial and not a method: methods are copied and pickled by their name, which would find the original.
     """
-    return functools.update_wrapper(functools.partial(function, module), original, updated=())
+    # Without the annotations, which pickle refuses; the signature is that of `__wrapped__`.
+    names = ("__module__", "__name__", "__qualname__", "__doc__")
+    return functools.update_wrapper(functools.partial(function, module), original, assigned=names, updated=())
 
 
 def _is_step(arguments: dict[str, Any]) -> bool:
