@@ -7,12 +7,13 @@ import textwrap
 
 import pytest
 import torch
-from peft import get_peft_model, inject_adapter_in_model
+from peft import get_layer_status, get_model_status, get_peft_model, inject_adapter_in_model
+from peft.helpers import disable_input_dtype_casting
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peft_pte import PTEConfig, PTEModel
-from peft_pte.layer import PTELayer
+from peft_pte.layer import PTELayer, PTELinear
 from tests.cases import FAMILIES, TWO_FAMILIES, make_base
 from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, same_base, thought_logits, trainable
 
@@ -279,3 +280,72 @@ def test_low_rank_matches_the_fields_of_the_config():
     assert attention.q_proj.scale["default"] == 2.0
     assert attention.v_proj.scale["default"] == 1.0 / SMALL["r"]
     assert attention.k_proj.pte_down["default"].weight.shape == (SMALL["num_global_tokens"], 32)
+
+
+def test_status():
+    model = make_pte()
+    model.add_adapter("other", PTEConfig(task_type="CAUSAL_LM", **SMALL))
+    layers = [module for module in model.modules() if isinstance(module, PTELayer)]
+    for of in (model, model.get_base_model()):
+        status = get_model_status(of)
+        assert status.num_adapter_layers == len(get_layer_status(of)) == len(layers)
+        assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+        assert status.available_adapters == ["default", "other"]
+        assert status.requires_grad == {"default": True, "other": False}
+        assert status.devices == {"default": ["cpu"], "other": ["cpu"]}
+    assert get_model_status(model).peft_types == {"default": "PTE", "other": "PTE"}
+    with model.disable_adapter():
+        assert not get_model_status(model).enabled
+
+
+def test_set_requires_grad():
+    model = make_pte()
+    names = set(trainable(model))
+    model.add_adapter("other", PTEConfig(task_type="CAUSAL_LM", **SMALL))
+    model.set_requires_grad("default", requires_grad=False)
+    assert not trainable(model)
+    model.set_requires_grad(["default", "other"])
+    assert set(trainable(model)) == names | {name.replace(".default.", ".other.") for name in names}
+
+
+def test_deleting_the_last_adapter():
+    model = make_pte()
+    model.delete_adapter("default")
+    assert not model.peft_config
+    # peft's own wrapper asks for the config of the adapter that is gone, as with LoRA.
+    base, prompts = model.base_model.model, make_prompts()
+    with torch.no_grad():
+        assert_close(base(**prompts).logits, same_base()(**prompts).logits)
+
+
+def test_input_dtype_casting_can_be_switched_off():
+    model = make_pte()
+    batch, expected = scored(model)
+    with disable_input_dtype_casting(model), torch.no_grad():
+        assert torch.equal(thought_logits(model, batch), expected)
+    half = make_pte(dtype=torch.bfloat16)
+    with disable_input_dtype_casting(half), pytest.raises(RuntimeError, match="dtype"):
+        half(**make_prompts())
+
+
+def test_scaling_layers():
+    # Rollout and scoring read the scale that stands.
+    model = make_pte()
+    linears = [module for module in model.modules() if isinstance(module, PTELinear)]
+    initial = linears[0].scale["default"]
+    for linear in linears:
+        linear.scale_layer(0.5)
+    assert linears[0].scale["default"] == 0.5 * initial
+    rollout = roll_out(model, make_prompts(), 2 * WINDOW)
+    with torch.no_grad():
+        scaled = thought_logits(model, rollout.truncated(2 * WINDOW))
+        assert_close(scaled, rollout.logits)
+        assert_close(scaled, thought_logits(make_pte(alpha=SMALL["r"] * 0.5 * initial), rollout.truncated(2 * WINDOW)))
+    for linear in linears:
+        linear.unscale_layer(0.25)
+        assert linear.scale["default"] == 2 * initial
+        linear.set_scale("default", 3.0)
+        linear.set_scale("unknown", 3.0)
+        assert linear.scale == {"default": 3 * initial}
+        linear.unscale_layer()
+        assert linear.scale["default"] == initial

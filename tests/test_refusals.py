@@ -1,10 +1,19 @@
 """What refuses, loudly (the README's table): one test each."""
 
+import copy
+import dataclasses
+import gc
+import pickle
+
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraModel, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
     DeepseekV3Config,
@@ -12,6 +21,9 @@ from transformers import (
     DynamicCache,
     GPTJConfig,
     GPTJForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen3NextConfig,
@@ -19,7 +31,8 @@ from transformers import (
     T5Config,
 )
 
-from peft_pte import PTECache, PTEConfig, StaticPTECache
+from peft_pte import PTECache, PTEConfig, PTEModel, StaticPTECache
+from peft_pte.config import LIVE_FIELDS
 from tests.cases import GROUPED, make_base
 from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
 
@@ -142,6 +155,43 @@ def test_encoder_decoder_models():
         get_peft_model(t5, PTEConfig(task_type="SEQ_2_SEQ_LM", **SMALL))
 
 
+def bert():
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "task"),
+    [
+        (lambda: LlamaForSequenceClassification(make_base("llama").config), "SEQ_CLS"),
+        (lambda: LlamaForTokenClassification(make_base("llama").config), "TOKEN_CLS"),
+        (lambda: LlamaModel(make_base("llama").config), "FEATURE_EXTRACTION"),
+        (bert, "SEQ_CLS"),
+    ],
+    ids=["reward", "tokens", "embeddings", "encoder"],
+)
+def test_models_that_do_not_generate(make, task):
+    model = make()
+    modules, attributes = dict(model.named_modules()), set(vars(model))
+    with pytest.raises(
+        NotImplementedError, match=f"must have `generate`, got {type(model).__name__},.*nothing thinks.* Use LoRA"
+    ):
+        get_peft_model(model, PTEConfig(task_type=task, **SMALL))
+    # Refused before anything was changed.
+    assert dict(model.named_modules()) == modules
+    assert set(vars(model)) == attributes
+    assert not model._forward_pre_hooks
+
+
+def test_a_causal_lm_without_the_hook_of_generate(monkeypatch):
+    model = make_base("llama")
+    # As in a version of transformers to come.
+    monkeypatch.delattr("transformers.generation.GenerationMixin._prepare_cache_for_generation")
+    with pytest.raises(NotImplementedError, match=r"transformers version .*Install a transformers version"):
+        get_peft_model(model, config())
+
+
 def test_positions_from_the_attention_mask():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(NotImplementedError, match="ALiBi"):
@@ -201,6 +251,68 @@ def test_rotary_code_that_cannot_be_found():
     rollout = roll_out(model, make_prompts(), 2 * WINDOW)
     with torch.no_grad():
         assert_close(thought_logits(model, rollout.truncated(2 * WINDOW)), rollout.logits)
+
+
+NAMES = ["default", "__base__", "default"]
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("argument", ["adapter_names", "alora_offsets"])
+def test_an_adapter_per_row(argument, task):
+    model = get_peft_model(make_base("llama"), PTEConfig(task_type=task, **SMALL)).eval()
+    prompts, value = make_prompts(), NAMES if argument == "adapter_names" else [1, 1, 1]
+    match = f"`{argument}` must be None with a PTE adapter, got "
+    remedy = "one adapter per call" if argument == "adapter_names" else "Leave it out"
+    for call in (model, model.base_model, model.get_base_model()):
+        with pytest.raises(NotImplementedError, match=match + ".*" + remedy):
+            call(**prompts, **{argument: value})
+        expected = call(**prompts).logits
+        assert torch.equal(call(**prompts, **{argument: None}).logits, expected)
+    with pytest.raises(NotImplementedError, match=match + ".*" + remedy):
+        model.generate(**prompts, max_new_tokens=2, **{argument: value})
+    expected = model.generate(**prompts, max_new_tokens=2, do_sample=False)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=2, do_sample=False, **{argument: None}), expected)
+    # transformers' own generate knows no such argument.
+    with pytest.raises(ValueError, match=argument):
+        model.get_base_model().generate(**prompts, max_new_tokens=2, **{argument: value})
+
+
+def test_a_mix_of_adapters():
+    model = make_pte()
+    model.add_adapter("other", config())
+    with pytest.raises(NotImplementedError, match=r"`add_weighted_adapter` cannot mix PTE adapters: .*set_adapter"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix", combination_type="linear")
+    assert set(model.peft_config) == {"default", "other"}
+
+
+def test_subtracting_an_initialization():
+    with pytest.raises(NotImplementedError, match="`subtract_mutated_init` has nothing to subtract"):
+        make_pte().subtract_mutated_init({}, "default")
+
+
+def test_the_weight_of_an_adapter():
+    with pytest.raises(NotImplementedError, match="different for every sequence"):
+        make_pte().base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default")
+
+
+def test_no_public_method_of_lora_is_missing_without_a_word():
+    def public(cls):
+        return {name for name in vars(cls) if not name.startswith("_") and callable(getattr(cls, name))}
+
+    assert not {name for name in public(LoraModel) if not hasattr(PTEModel, name)}
+    layer = make_pte().base_model.model.model.layers[0].mlp.up_proj
+    # Initializations of LoRA's matrices, which its own constructor calls.
+    initializations = {name for name in public(LoraLayer) if name.endswith("_init")}
+    missing = {name for name in public(LoraLayer) - initializations if not hasattr(layer, name)}
+    assert missing <= {"reset_lora_parameters", "resolve_lora_variant"}
+
+
+def test_scales_of_lora_layers_alone():
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(make_pte(), 0.5),
+    ):
+        pass
 
 
 def test_two_active_adapters():
@@ -448,3 +560,182 @@ def test_continuing_scored_sequences_of_different_lengths():
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
         with pytest.raises(NotImplementedError, match="sequences of different lengths"):
             model(input_ids=batch["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+
+
+CHANGED = {
+    "r": 5,
+    "target_modules": ["q_proj"],
+    "exclude_modules": ["q_proj"],
+    "alpha": 3.0,
+    "dropout": 0.5,
+    "fan_in_fan_out": True,
+    "use_rslora": True,
+    "init_weights": True,
+    "layers_to_transform": [0],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2.0},
+    "modules_to_save": ["lm_head"],
+    "num_global_tokens": 7,
+    "encoder_attention": "softmax",
+    "update_gain": 0.5,
+    "state_update": "frozen",
+    "state_address": "value",
+    "key_rotation": "kept",
+    "impl": "reference",
+}
+OWN = {field.name for field in dataclasses.fields(PTEConfig)} - {field.name for field in dataclasses.fields(PeftConfig)}
+
+
+@pytest.fixture(scope="module")
+def live():
+    return make_pte()
+
+
+@pytest.mark.parametrize("name", sorted(OWN - set(LIVE_FIELDS)))
+def test_changing_what_was_built_in(name, live):
+    adapted = live.peft_config["default"]
+    before = getattr(adapted, name)
+    with pytest.raises(
+        ValueError, match=rf"`{name}` must stay .*, got .*dataclasses\.replace.*from_pretrained.*add_adapter"
+    ):
+        setattr(adapted, name, CHANGED[name])
+    assert getattr(adapted, name) == before
+    # The same value is no change.
+    setattr(adapted, name, copy.deepcopy(before))
+    if isinstance(before, set):
+        setattr(adapted, name, sorted(before))
+    assert getattr(adapted, name) == before
+
+
+def test_what_peft_sets_stays_free(live):
+    adapted = live.peft_config["default"]
+    for name in ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"):
+        before = getattr(adapted, name)
+        setattr(adapted, name, "CAUSAL_LM" if name == "task_type" else "x")
+        setattr(adapted, name, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("update_gain", 0.5),
+        ("encoder_attention", "softmax"),
+        ("alpha", 1.0),
+        ("key_rotation", "kept"),
+        ("impl", "reference"),
+    ],
+    ids=str,
+)
+def test_loading_with_a_changed_config(name, value, tmp_path):
+    # The remedy that the sentence names works, and is what the field meant all along.
+    model = make_pte()
+    model.save_pretrained(tmp_path)
+    batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
+    changed = dataclasses.replace(model.peft_config["default"], **{name: value})
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path, config=changed)
+    with torch.no_grad():
+        expected = thought_logits(make_pte(**{name: value}), batch)
+        assert_close(thought_logits(loaded, batch), expected)
+        assert (name == "impl") == bool((expected - thought_logits(model, batch)).abs().max() < 1e-4)
+    # A second adapter of the same model may have it too.
+    changed.inference_mode = False
+    model.add_adapter("other", dataclasses.replace(changed, init_weights=True))
+    assert getattr(model.peft_config["other"], name) == value
+
+
+def test_a_wrong_value_on_a_live_config(live):
+    adapted = live.peft_config["default"]
+    with pytest.raises(ValueError, match="`cache_window` must be at least 4, got 2"):
+        adapted.cache_window = 2
+    with pytest.raises(ValueError, match="`segment_length` must divide the 2 tokens"):
+        adapted.segment_length = 3
+    assert (adapted.cache_window, adapted.segment_length) == (WINDOW, None)
+
+
+def test_a_live_value_that_the_model_cannot_have():
+    base = make_base("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    model = make_pte(base=base, cache_window=None)
+    with pytest.raises(NotImplementedError, match="`cache_window` cannot bound a model with rope_type='dynamic'"):
+        model.peft_config["default"].cache_window = WINDOW
+    assert model.peft_config["default"].cache_window is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cache_window": 12},
+        {"evict_ratio": 0.5},
+        {"eviction": "key_diff"},
+        {"segment_length": 2},
+        {"recompute_layers": False},
+        {"offload": True},
+        {"backprop_through_cache": False},
+    ],
+    ids=str,
+)
+def test_live_values_act(fields):
+    model = make_pte()
+    for name, value in fields.items():
+        setattr(model.peft_config["default"], name, value)
+    fresh = make_pte(**fields)
+    for adapted in (model, fresh):
+        adapted.gradient_checkpointing_enable()
+        adapted.train()
+    batch = roll_out(fresh, make_prompts(), 3 * WINDOW).truncated(3 * WINDOW)
+    losses = []
+    for adapted in (model, fresh):
+        adapted(**batch).loss.backward()
+        weight = adapted.base_model.model.model.layers[0].self_attn.thought_encoder.pte_key["default"].weight
+        losses.append(weight.grad)
+    assert_close(losses[0], losses[1])
+    assert set(fields) <= set(LIVE_FIELDS)
+
+
+def make_injected(how):
+    if how == "get_peft_model":
+        return make_pte()
+    base = make_base("llama")
+    base.add_adapter(config(), "default")
+    return base
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_the_config_of_a_copied_model(way, how):
+    model = make_injected(how)
+    twin = way(model)
+    assert twin.peft_config["default"] is not model.peft_config["default"]
+    for adapted in (model, twin):
+        with pytest.raises(ValueError, match="`update_gain` must stay"):
+            adapted.peft_config["default"].update_gain = 0.5
+        adapted.peft_config["default"].cache_window = 12
+    # A copy of the config alone is free.
+    free = way(model.peft_config["default"])
+    free.update_gain = 0.5
+    assert model.peft_config["default"].update_gain == 1.0
+
+
+def test_one_config_for_several_adapters_and_models():
+    shared = config()
+    first = make_pte(base=make_base("llama"))
+    first.add_adapter("one", shared)
+    # As TRL makes its reference adapter.
+    first.add_adapter("ref", first.peft_config["one"])
+    second = get_peft_model(make_base("llama"), shared)
+    with pytest.raises(ValueError, match="`r` must stay 4, got 5"):
+        shared.r = 5
+    first.delete_adapter("one")
+    second.unload()
+    with pytest.raises(ValueError, match="`r` must stay 4, got 5"):
+        shared.r = 5
+    first.delete_adapter("ref")
+    # No adapter is left that was built from it.
+    shared.r = 5
+    third = get_peft_model(make_base("llama"), shared)
+    del third
+    gc.collect()
+    shared.r = 6

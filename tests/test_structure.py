@@ -15,7 +15,7 @@ from peft_pte.eviction import POLICIES
 PACKAGE = Path(peft_pte.__file__).parent
 # Lower floors never import upper ones; within a floor, imports may not form a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "config", "state", "boundary"},
+    {"shapes", "_peft_type", "lora_fields", "config", "state", "boundary"},
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
     {"thought_layer", "cache", "static_cache", "statistics"},

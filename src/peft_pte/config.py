@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from weakref import WeakSet
 
 from peft.config import PeftConfig
 
 from ._peft_type import PTE
+from .lora_fields import explain_argument, explain_attribute, is_lora_field
 
 EVICTION_POLICIES = ("sliding_window", "key_diff")
 STATE_UPDATES = ("progressive", "frozen", "off")
@@ -23,6 +27,17 @@ MIN_CACHE_WINDOW = 4
 SHORTEST_SEGMENT = 128
 """Tokens per sequence below which a pass of the layers costs time and saves no memory to speak of."""
 _MACHINE_FIELDS = ("impl", "segment_length", "recompute_layers", "offload")
+LIVE_FIELDS = (
+    "cache_window",
+    "evict_ratio",
+    "eviction",
+    "prompt_end",
+    "backprop_through_cache",
+    "segment_length",
+    "recompute_layers",
+    "offload",
+)
+"""Fields that every call reads: a new value acts on adapters that exist. All others are built into an adapter."""
 
 _CARD_USAGE = """
 ## How to load this adapter
@@ -39,12 +54,41 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
 """
 
 
+class BuiltAdapter(Protocol):
+    """What keeps a config from changing under the adapter that was built from it."""
+
+    def check(self) -> None:
+        """Raise where the model cannot do what the config says now."""
+
+
+_Config = TypeVar("_Config", bound="PTEConfig")
+
+
+def _explains_lora_fields(cls: type[_Config]) -> type[_Config]:
+    """Let the constructor of ``cls`` say what to do instead of LoRA's fields."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            if is_lora_field(name):
+                raise TypeError(explain_argument(name, value))
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_explains_lora_fields
 @dataclass
 class PTEConfig(PeftConfig):
     """Configuration of Progressive Thought Encoding (arXiv 2602.16839).
 
     A causal LM decodes with a KV cache of ``P + cache_window`` slots. Thought tokens that leave it are encoded, layer
     by layer, into a state ``S [Q, R]`` per sequence, and the adapted linears read it: ``y = W x + scale A S^T B x``.
+
+    A field set later is validated as here. On a config whose adapter exists, those of :data:`LIVE_FIELDS` act on the next
+    call; the others are part of the adapter and cannot change under it. A copy is free: ``dataclasses.replace(config, ...)``.
 
     Args:
         r: Rank ``R`` of the adapters and columns of the state.
@@ -102,7 +146,7 @@ class PTEConfig(PeftConfig):
     Raises:
         ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
             a remedy.
-        TypeError: A field has the wrong type.
+        TypeError: A field has the wrong type, or LoRA's name.
     """
 
     r: int = field(default=32, metadata={"help": "Rank of the adapters and columns of the thought state."})
@@ -172,7 +216,61 @@ class PTEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PTE
+        for name in _NAMES_OF_MODULES:
+            setattr(self, name, _as_set(getattr(self, name)))
+        self._check()
+        self._warn_of_dropout(stacklevel=5)
+        self._built: WeakSet[BuiltAdapter] = WeakSet()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_lora_field(name):
+            raise AttributeError(explain_attribute(name))
+        # peft's own fields are free; the generated constructor checks when all are set.
+        if name not in _OWN_FIELDS or "_built" not in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        before = getattr(self, name)
+        value = _as_set(value) if name in _NAMES_OF_MODULES else value
+        if self._built and name not in LIVE_FIELDS:
+            if value != before:
+                raise ValueError(
+                    f"`{name}` must stay {before!r}, got {value!r}: it was built into an adapter that is in use. Save the "
+                    f"adapter, change a copy with dataclasses.replace(config, {name}=...), and load with it: "
+                    "PeftModel.from_pretrained(base, folder, config=copy); or begin another adapter with add_adapter."
+                )
+            return
+        super().__setattr__(name, value)
+        try:
+            self._check()
+            for adapter in list(self._built):
+                adapter.check()
+        except BaseException:
+            super().__setattr__(name, before)
+            raise
+        if name == "dropout":
+            self._warn_of_dropout(stacklevel=3)
+
+    if not TYPE_CHECKING:
+        # Hidden from the type checker, which would take every misspelled name for an attribute.
+        def __getattr__(self, name: str) -> Any:
+            if is_lora_field(name):
+                raise AttributeError(explain_attribute(name))
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # No adapter was built from a copy. One that is copied with its model is told so by its adapter.
+        return {name: value for name, value in self.__dict__.items() if name != "_built"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _built=WeakSet())
+
+    def hold(self, adapter: BuiltAdapter) -> None:
+        """From now on an adapter is built from this config, for as long as ``adapter`` lives."""
+        self._built.add(adapter)
+
+    def _check(self) -> None:
         self._check_numbers()
+        self._check_switches()
         self._check_choices()
         self._check_targets()
         self._check_segment_length()
@@ -188,6 +286,8 @@ class PTEConfig(PeftConfig):
                 MIN_CACHE_WINDOW,
                 "Use a larger window, or cache_window=None for an unbounded cache",
             )
+        for name in ("evict_ratio", "update_gain", "dropout", *(() if self.alpha is None else ("alpha",))):
+            _require_number(name, getattr(self, name))
         if not 0.0 < self.evict_ratio <= 1.0:
             raise ValueError(
                 f"`evict_ratio` must be above 0 and at most 1, got {self.evict_ratio}. Use evict_ratio=0.25 as in the "
@@ -202,15 +302,23 @@ class PTEConfig(PeftConfig):
             raise ValueError(f"`alpha` must be a positive number or None (twice the rank), got {self.alpha}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout}. Use dropout=0.0.")
+        for pattern, rank in self.rank_pattern.items():
+            _require_int(f"rank_pattern[{pattern!r}]", rank, 1, "Use a positive rank")
+
+    def _warn_of_dropout(self, stacklevel: int) -> None:
         if self.dropout > 0.0:
             warnings.warn(
                 f"`dropout` is {self.dropout}: generation runs without it and scoring with it, so the log-probs of a "
                 "rollout and of its replay differ and importance ratios are not 1. Use dropout=0.0 for RL.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
-        for pattern, rank in self.rank_pattern.items():
-            _require_int(f"rank_pattern[{pattern!r}]", rank, 1, "Use a positive rank")
+
+    def _check_switches(self) -> None:
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"`{name}` must be True or False, got {value!r}. Use one of them.")
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -232,10 +340,6 @@ class PTEConfig(PeftConfig):
             )
 
     def _check_targets(self) -> None:
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
         if isinstance(self.target_modules, set):
             heads = sorted(name for name in self.target_modules if name.rpartition(".")[2] == "lm_head")
             if heads:
@@ -281,21 +385,22 @@ class PTEConfig(PeftConfig):
             )
 
     def _check_prompt_end(self) -> None:
-        if self.prompt_end is None:
-            return
+        given: Any = self.prompt_end
         remedy = "Use peft_pte.prompt_end(tokenizer) for a chat model, or 4 for text without prompts"
-        if isinstance(self.prompt_end, (list, tuple)):
-            self.prompt_end = list(self.prompt_end)
-            if not self.prompt_end:
+        if given is None:
+            return
+        if isinstance(given, tuple):
+            given = list(given)
+            object.__setattr__(self, "prompt_end", given)
+        if isinstance(given, list):
+            if not given:
                 raise ValueError(f"`prompt_end` must hold at least one token id, got []. {remedy}.")
-            for token in self.prompt_end:
+            for token in given:
                 _require_int("prompt_end", token, 0, remedy)
             return
-        if isinstance(self.prompt_end, bool) or not isinstance(self.prompt_end, int):
-            raise TypeError(
-                f"`prompt_end` must be a list of token ids or a number of tokens, got {self.prompt_end!r}. {remedy}."
-            )
-        _require_int("prompt_end", self.prompt_end, 1, remedy)
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise TypeError(f"`prompt_end` must be a list of token ids or a number of tokens, got {given!r}. {remedy}.")
+        _require_int("prompt_end", given, 1, remedy)
 
     @property
     def num_queries(self) -> int:
@@ -348,6 +453,20 @@ class PTEConfig(PeftConfig):
         if "import peft_pte" not in text:
             with open(card, "w", encoding="utf-8") as file:
                 file.write(text.rstrip("\n") + "\n" + _CARD_USAGE)
+
+
+_OWN_FIELDS = frozenset(f.name for f in fields(PTEConfig)) - {f.name for f in fields(PeftConfig)}
+_NAMES_OF_MODULES = ("target_modules", "exclude_modules")
+_SWITCHES = ("use_rslora", "fan_in_fan_out", "init_weights", "backprop_through_cache", "recompute_layers", "offload")
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, list) else names
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}. Leave it out for the default.")
 
 
 def _require_int(name: str, value: Any, least: int, remedy: str) -> None:

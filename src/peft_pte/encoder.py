@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import PTEConfig
+from .config import BuiltAdapter, PTEConfig
 from .layer import PTELayer, float_dtype, weight_of
 from .ops import encode
 from .rotary import Rotation
@@ -48,7 +48,7 @@ class PTEEncoder(nn.Module, PTELayer):
     """
 
     adapter_layer_names = ("pte_global_tokens", "pte_query", "pte_key", "pte_value")
-    other_param_names = ("settings",)
+    other_param_names = ("settings", "built")
     # peft asks tuner layers for weight and bias of the layer they wrap; an encoder wraps none.
     weight = None
     bias = None
@@ -59,6 +59,8 @@ class PTEEncoder(nn.Module, PTELayer):
         # In a tuple, so that neither becomes a submodule of this one.
         self._outside = (attention, rotation)
         self.settings: dict[str, EncoderSettings] = {}
+        # Kept so that an adapter's config knows it for as long as the encoder has the adapter.
+        self.built: dict[str, BuiltAdapter] = {}
         self.pte_global_tokens = nn.ModuleDict()
         self.pte_query = nn.ModuleDict()
         self.pte_key = nn.ModuleDict()

@@ -19,14 +19,46 @@ MERGE_REFUSED = (
     "sequence is decoded, so no single weight equals it. Keep the adapter beside the model and decode with "
     "`model.generate`. (TRL merges to feed vLLM: train with use_vllm=False.)"
 )
+_LORA_ARGUMENTS = {
+    "adapter_names": "a PTE cache holds the states of one adapter, so rows cannot have different ones. Use one adapter per "
+    "call: model.set_adapter(name), or model.disable_adapter() for the rows of the base model.",
+    "alora_offsets": "activated LoRA is another method, and a PTE adapter acts from the first token on. Leave it out.",
+}
+
+
+def refuse_lora_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse what peft hands to LoRA's layers beside a call.
+
+    Raises:
+        NotImplementedError: One of them is there and is not ``None``.
+    """
+    for name, reason in _LORA_ARGUMENTS.items():
+        value = arguments.get(name)
+        if value is not None:
+            raise NotImplementedError(f"`{name}` must be None with a PTE adapter, got {value!r}: {reason}")
+
+
+def without_lora_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of an adapted model: refuse LoRA's arguments, and take those away that are ``None``."""
+    if not any(name in kwargs for name in _LORA_ARGUMENTS):
+        return None
+    refuse_lora_arguments(kwargs)
+    return args, {name: value for name, value in kwargs.items() if name not in _LORA_ARGUMENTS}
 
 
 class PTELayer(BaseTunerLayer):
     """What adapted linears and encoders have in common."""
 
+    # Where `peft.helpers.disable_input_dtype_casting` keeps its switch.
+    cast_input_dtype_enabled: bool = True
+
     if TYPE_CHECKING:
         # peft's, which the type checker takes for entries of `nn.Module` otherwise.
         def get_base_layer(self) -> nn.Module: ...  # noqa: D102
+        @property
+        def active_adapters(self) -> list[str]: ...  # noqa: D102
         def _move_adapter_to_device_of_base_layer(
             self, adapter_name: str, device: torch.device | None = None
         ) -> None: ...
@@ -67,12 +99,16 @@ class PTELayer(BaseTunerLayer):
         """Refuse: nothing can have been merged."""
         raise NotImplementedError(MERGE_REFUSED)
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Refuse: there is one per sequence and moment."""
+        raise NotImplementedError(MERGE_REFUSED)
+
 
 class PTELinear(nn.Module, PTELayer):
     """An ``nn.Linear`` or ``Conv1D`` with PTE adapters."""
 
     adapter_layer_names = ("pte_down", "pte_up")
-    other_param_names = ("r", "scale", "dropout", "impl", "by_key")
+    other_param_names = ("r", "scale", "initial_scale", "dropout", "impl", "by_key")
 
     def __init__(self, base_layer: nn.Module, layer_index: int, name: str) -> None:
         super().__init__()
@@ -82,6 +118,7 @@ class PTELinear(nn.Module, PTELayer):
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
+        self.initial_scale: dict[str, float] = {}
         self.impl: dict[str, str] = {}
         self.by_key: dict[str, bool] = {}
         self.dropout = nn.ModuleDict()
@@ -92,7 +129,7 @@ class PTELinear(nn.Module, PTELayer):
     def update_layer(self, adapter_name: str, config: PTEConfig, rank: int, alpha: float | None) -> None:
         """Add (or replace) the adapter ``adapter_name`` of ``rank``; ``alpha`` overrides the config's."""
         self.r[adapter_name] = rank
-        self.scale[adapter_name] = config.scale(rank, alpha)
+        self.scale[adapter_name] = self.initial_scale[adapter_name] = config.scale(rank, alpha)
         self.impl[adapter_name] = config.impl
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.by_key[adapter_name] = config.state_address == "key"
@@ -105,6 +142,23 @@ class PTELinear(nn.Module, PTELayer):
     def holds(self, adapter_name: str) -> bool:
         """Whether this layer has the adapter."""
         return adapter_name in self.r
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let ``adapter`` act with ``scale`` times the scale of its config, as LoRA's layers do; it is not saved."""
+        if adapter in self.scale:
+            self.scale[adapter] = scale * self.initial_scale[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapter."""
+        for adapter in self.active_adapters:
+            if adapter in self.scale:
+                self.scale[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapter; ``None``: back to that of its config."""
+        for adapter in self.active_adapters:
+            if adapter in self.scale:
+                self.scale[adapter] = self.initial_scale[adapter] if scale is None else self.scale[adapter] / scale
 
     def reset_parameters(self, adapter_name: str, identity: bool) -> None:
         """Kaiming-uniform ``pte_down``; zeros in ``pte_up`` where ``identity``, Kaiming-uniform too where not."""

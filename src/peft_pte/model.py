@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -14,11 +16,30 @@ from .cache import PTECache
 from .checkpoints import check_adapter_state_dict, watch
 from .config import PTEConfig
 from .encoder import CHILD_NAME, PTEEncoder
-from .layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features
+from .layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from .seam import Seam
 from .sites import Site, check_config, default_targets, site_of
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
+
+
+class _Built:
+    """An adapter of a model: held by its encoders, it holds the config that it was built from to its fields."""
+
+    def __init__(self, config: PTEConfig, seam: Seam) -> None:
+        self.config = config
+        self.seam = seam
+        config.hold(self)
+
+    def check(self) -> None:
+        """Raise where the model cannot do what the config says now."""
+        check_config(self.seam.model, self.seam.sites, self.config)
+        PTECache(self.seam.text_config, self.config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A model was copied or unpickled, and its config with it.
+        self.__dict__.update(state)
+        self.config.hold(self)
 
 
 class PTEModel(BaseTuner):
@@ -125,6 +146,7 @@ class PTEModel(BaseTuner):
         return site
 
     def _inject_encoders(self, seam: Seam, config: PTEConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        built = _Built(config, seam)
         for index, rank in self._ranks.items():
             site = seam.sites[index]
             if not hasattr(site.attention, CHILD_NAME):
@@ -134,6 +156,7 @@ class PTEModel(BaseTuner):
             encoder = seam.encoder(index)
             with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
                 encoder.update_layer(adapter_name, config, rank)
+            encoder.built[adapter_name] = built
             self._set_trainable(encoder, adapter_name, config)
 
     def _set_trainable(self, layer: PTELayer, adapter_name: str, config: PTEConfig) -> None:
@@ -147,6 +170,27 @@ class PTEModel(BaseTuner):
             ValueError: More than one adapter is named.
         """
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # peft enters this around every call, and takes these arguments out of it.
+        refuse_lora_arguments(kwargs)
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a mix of weights is no mix of what they do."""
+        raise NotImplementedError(
+            "`add_weighted_adapter` cannot mix PTE adapters: the weight of each is `dW = A S B` with states S that its own "
+            "encoders make, so a mix of their matrices is no mix of their weights. Activate one at a time with set_adapter, "
+            "or train one adapter on all of the data."
+        )
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: no initialization of PTE changes the base model."""
+        raise NotImplementedError(
+            "`subtract_mutated_init` has nothing to subtract: no initialization of PTE changes the base model, as LoRA's "
+            "PiSSA, CorDA and OLoRA do. Save with save_pretrained(folder)."
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Refuse: a dynamic weight has no merged form."""

@@ -30,7 +30,7 @@ from .cache import PTECache
 from .config import PTEConfig
 from .decode import prepare, step
 from .encoder import CHILD_NAME, PTEEncoder
-from .layer import PTELinear, weight_of
+from .layer import PTELinear, weight_of, without_lora_arguments
 from .layout import Layout
 from .replay import run
 from .sites import find_backbone, find_sites
@@ -55,6 +55,12 @@ class Seam:
     """The adapted model as the replay sees it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if not hasattr(model, "generate"):
+            raise NotImplementedError(
+                f"The model must have `generate`, got {type(model).__name__}, which writes no tokens: nothing thinks, and there "
+                "is no cache to bound. Use LoRA for reward, classification and embedding models, or pass a causal LM "
+                "(AutoModelForCausalLM)."
+            )
         if not hasattr(model, _HOOKED_METHOD):
             raise NotImplementedError(
                 f"`generate` of this transformers version has no `{_HOOKED_METHOD}`, so it cannot be given a bounded "
@@ -72,6 +78,7 @@ class Seam:
         self.prompt_watch = PromptWatch(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._calls = _Calls()
         self._install()
+        self._hooks.append(self.model.register_forward_pre_hook(without_lora_arguments, with_kwargs=True))
 
     @staticmethod
     def of(model: nn.Module) -> Seam | None:
