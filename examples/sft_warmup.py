@@ -18,7 +18,7 @@ from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import SFTConfig, SFTTrainer
 
-from peft_pte import PTEConfig
+from peft_pte import PTEConfig, prompt_end
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -106,6 +106,7 @@ def main() -> None:
             r=args.rank,
             num_global_tokens=args.num_global_tokens,
             cache_window=args.cache_window,
+            prompt_end=prompt_end(tokenizer),
             state_update=args.state_update,
             state_address=args.state_address,
             encoder_attention=args.encoder_attention,

@@ -15,7 +15,7 @@ from peft_pte.eviction import POLICIES
 PACKAGE = Path(peft_pte.__file__).parent
 # Lower floors never import upper ones; within a floor, imports may not form a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "lora_fields", "config", "state", "boundary"},
+    {"shapes", "_peft_type", "lora_fields", "config", "state", "boundary", "chat"},
     {"ops"},
     {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
     {"thought_layer", "cache", "static_cache", "statistics"},
@@ -147,5 +147,5 @@ def test_importing_twice_registers_once():
 
 
 def test_public_names():
-    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__"}
+    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__", "prompt_end"}
     assert all(hasattr(peft_pte, name) for name in peft_pte.__all__)

@@ -53,8 +53,11 @@ def adapter_config(
     cache_window: int = CACHE_WINDOW,
     state_address: str = "key",
     encoder_attention: str = "linear",
+    prompt_end: list[int] | None = None,
 ) -> PeftConfig:
     """What ``GRPOTrainer(peft_config=...)`` is given for an arm; all arms adapt the same linears at the same scale.
+
+    ``prompt_end`` is the marker of the model's chat template, ``peft_pte.prompt_end(tokenizer)``.
 
     Raises:
         ValueError: ``arm`` is unknown.
@@ -73,4 +76,5 @@ def adapter_config(
         state_update=STATE_UPDATE[arm],
         state_address=state_address,
         encoder_attention=encoder_attention,
+        prompt_end=prompt_end,
     )

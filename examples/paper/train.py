@@ -176,6 +176,7 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
             cache_window=args.cache_window,
             state_address=args.state_address,
             encoder_attention=args.encoder_attention,
+            prompt_end=peft_pte.prompt_end(tokenizer),
         ),
         reward_funcs=correctness,
         train_dataset=load_problems(args.dataset, tokenizer, args.max_prompt_length),

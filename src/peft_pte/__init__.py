@@ -7,11 +7,12 @@ from peft.utils import register_peft_method
 
 from ._peft_type import PTE
 from .cache import PTECache
+from .chat import prompt_end
 from .config import PTEConfig
 from .model import PTEModel
 from .static_cache import StaticPTECache
 
-__all__ = ["PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__"]
+__all__ = ["PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__", "prompt_end"]
 
 __version__ = "0.1.0"
 
