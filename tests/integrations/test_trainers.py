@@ -1,8 +1,25 @@
 """Every trainer of TRL that takes ``peft_config``, unmodified, one step each, with LoRA as the control."""
 
+import dataclasses
+
 import pytest
 
-from tests.integrations.trainers import CASES, HAS_PROMPT_END, PAGE, cell, describe, head, judge, line, measure, quiet
+from tests.integrations.common import WINDOW
+from tests.integrations.trainers import (
+    CASES,
+    EQUAL,
+    HAS_PROMPT_END,
+    PAGE,
+    cell,
+    describe,
+    head,
+    judge,
+    line,
+    long_prompt_data,
+    make_grpo,
+    measure,
+    quiet,
+)
 
 TRIED = [case for case in CASES if not case.untried]
 cases = pytest.mark.parametrize(
@@ -56,3 +73,19 @@ def test_the_page_has_every_case_once():
     rows = text.removeprefix(head()).splitlines()
     assert [row.split(" | ")[0] for row in rows] == [f"| {case.name}" for case in CASES]
     assert all(line(case) in rows for case in CASES if case.untried)
+
+
+@pytest.mark.parametrize("adapter", ["pte", "pte, prompt_end"])
+def test_rows_of_prompt_alone_are_no_mistake(adapter):
+    # GRPO masks a completion that was cut short: nothing of its row is labelled, and its prompt may be longer than a window.
+    case = dataclasses.replace(
+        next(case for case in TRIED if case.name == "GRPO"),
+        make=lambda *a: make_grpo(*a, data=long_prompt_data, mask_truncated_completions=True, num_generations=2),
+    )
+    with quiet():
+        outcome = measure(case, adapter)
+    assert outcome.refusal is None
+    lengths = [len(row) for call in outcome.calls for row in call.rows]
+    assert min(lengths) > WINDOW
+    assert any(log_probs.isnan().all() for call in outcome.calls for log_probs in call.log_probs)
+    assert outcome.alone is None or outcome.alone < EQUAL

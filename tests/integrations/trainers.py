@@ -68,6 +68,10 @@ def prompt_data(**columns: list[Any]) -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS, **columns})
 
 
+def long_prompt_data() -> Dataset:
+    return Dataset.from_dict({"prompt": [f"{words(start, 7, 2 * WINDOW)} w{MARKER}" for start in range(4)]})
+
+
 def completion_data() -> Dataset:
     return prompt_data(completion=[f" {text}" for text in completions(7)])
 
