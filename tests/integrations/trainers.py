@@ -1061,7 +1061,7 @@ HEAD = """# Trainers
 
 Every trainer of TRL {trl} that takes `peft_config`, unmodified, for one step on a tiny random model. *Equal*: the log-probs of the
 loss are those of the rollout, and of each row scored alone; tokens were evicted; every parameter of the adapter got a gradient.
-*Refused*: an error names `prompt_end` (or what the note says) before anything is computed. LoRA, the control, trains with all.
+*Refused*: an error takes the place of the loss, and names `prompt_end` or what the note says. LoRA, the control, trains with all.
 This page is written by `python -m tests.integrations.trainers` and compared by `tests/integrations/test_trainers.py`.
 
 | trainer | its loss | with `prompt_end` | without | note |
