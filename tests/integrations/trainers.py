@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from peft_pte import PTEConfig
 from tests.helpers import trainable
 from tests.integrations.common import COMPLETION, WINDOW, make_tokenizer, make_trl_base, pte_config
 
@@ -38,12 +38,12 @@ TOOL = 57
 
 EQUAL = 1e-4
 EVICTED = 1e-2
-HAS_PROMPT_END = any(entry.name == "prompt_end" for entry in dataclasses.fields(PTEConfig))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'user' %}w58 {{ message.content }} "
     "{% elif message.role == 'tool' %}w57 {{ message.content }} "
+    "{% elif message.role == 'system' %}w59 {{ message.content }} "
     "{% else %}w60 {% generation %}{{ message.content }} {% endgeneration %}"
     "{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments }} {% endfor %}<eos> "
     "{% endif %}{% endfor %}{% if add_generation_prompt %}w60 {% endif %}"
@@ -138,12 +138,14 @@ class Case:
     untried: str = ""
     refused: str = ""
     """Words of the refusal, where a policy with a bounded cache is refused whatever its config says."""
+    refused_with_end: str = ""
+    """Words of the refusal, where it is refused with `prompt_end`."""
     prompt_end: Any = dataclasses.field(default_factory=lambda: [MARKER])
     keep: int = 0
     """With an integer `prompt_end`, how many tokens are prompt."""
     base: Callable[..., Any] = make_trl_base
     reference: bool = False
-    """Whether the base model, which is the policy without its adapter, is scored too."""
+    """Whether the base model, on its full cache, is scored too."""
     check: Callable[["Outcome"], str] = lambda outcome: ""
     """What else is asked of a case: what is wrong, or nothing."""
     limit: str = ""
@@ -266,21 +268,57 @@ def make_grpo_wrapped(model, config, directory):
     return make_grpo(get_peft_model(model, config), None, directory, beta=0.1)
 
 
+def kl_of_the_base(outcome: "Outcome") -> str:
+    """The reference is the base model, from which the adapter differs, by its window at least."""
+    return "" if outcome.log["kl"] > 1e-3 else f"the first KL is {outcome.log['kl']}"
+
+
+def kl_of_a_copy(outcome: "Outcome") -> str:
+    """The reference is a copy of the adapter under the same window, so that the first step has no KL."""
+    if not any(call.adapter == "ref" for call in outcome.calls):
+        return "no adapter `ref` was scored"
+    return "" if abs(outcome.log["kl"]) < 1e-6 else f"the first KL is {outcome.log['kl']}"
+
+
+def no_cache_asked_for(outcome: "Outcome") -> str:
+    return "" if all(turn.use_cache is False for turn in outcome.turns) else "`generate` was asked for a cache"
+
+
 def two_calls_of_a_tool(outcome: "Outcome") -> str:
     most = max(turn.given.count(TOOL) for turn in outcome.turns)
     return "" if most == 2 else f"no row called the tool twice, at most {most} times"
 
 
-def make_grpo_tools(model, config, directory):
+def make_grpo_tools(model, config, directory, tokenizer=make_tool_tokenizer, **fields):
     return make_grpo(
         model,
         config,
         directory,
         data=question_data,
-        tokenizer=make_tool_tokenizer,
+        tokenizer=tokenizer,
         extra={"tools": [look_up]},
         per_device_train_batch_size=8,
         max_completion_length=4 * COMPLETION,
+        **fields,
+    )
+
+
+def make_base_without_end() -> Any:
+    base = make_trl_base()
+    base.generation_config.eos_token_id = None
+    return base
+
+
+def make_tool_tokenizer_without_end() -> Any:
+    tokenizer = make_tool_tokenizer()
+    tokenizer.eos_token = "<never>"
+    return tokenizer
+
+
+def make_grpo_tools_in_step(model, config, directory):
+    # Nothing ends a turn but its length.
+    return make_grpo_tools(
+        model, config, directory, make_tool_tokenizer_without_end, generation_kwargs={"max_new_tokens": COMPLETION // 2}
     )
 
 
@@ -552,6 +590,8 @@ def make_reward_base() -> Any:
     return LlamaForSequenceClassification(LlamaConfig(**{**GROUPED, "num_labels": 1}))
 
 
+TURNS_DIFFER = "**differs**: each turn of the rollout takes all that went before for its prompt, and no call can tell"
+
 CASES = [
     Case("SFT", make_sft, "prompt and completion columns", labels=True),
     Case(
@@ -578,7 +618,12 @@ CASES = [
         "the trainer keeps the labels to itself",
     ),
     Case("SFT, `compute_loss_func`", make_sft_own_loss, "the trainer keeps the labels to itself"),
-    Case("SFT, `compute_metrics`", make_sft_metrics, "logits for the metrics are computed without labels", labels=True),
+    Case(
+        "SFT, `compute_metrics`",
+        make_sft_metrics,
+        "the logits for the metrics are computed without labels: without `prompt_end` of the full cache, with a warning",
+        labels=True,
+    ),
     Case(
         "SFT, `packing`",
         lambda *a: make_sft(*a, packing=True, max_length=64),
@@ -589,26 +634,38 @@ CASES = [
     Case(
         "GRPO, `beta`",
         lambda *a: make_grpo(*a, beta=0.1),
-        "the reference is the base model on its full cache",
+        "the reference is the base model on its full cache: the first KL is not zero",
         generates=True,
         labels=True,
         reference=True,
+        check=kl_of_the_base,
     ),
     Case(
         "GRPO, `beta`, PeftModel",
         make_grpo_wrapped,
-        "the reference is a copy of the adapter, on a bounded cache",
+        "the reference is a copy of the adapter under the same window: the first KL is zero",
         generates=True,
         labels=True,
+        check=kl_of_a_copy,
     ),
     Case(
         "GRPO, `tools`",
         make_grpo_tools,
+        "the rows that call a tool in one turn are generated together, and must have one number of tokens after the marker",
+        generates=True,
+        refused_with_end="share one clock",
+        check=two_calls_of_a_tool,
+        limit=TURNS_DIFFER,
+        base=make_tool_base,
+    ),
+    Case(
+        "GRPO, `tools`, turns of one length",
+        make_grpo_tools_in_step,
         "each turn is a call of `generate` on all that went before",
         generates=True,
         check=two_calls_of_a_tool,
-        limit="differs: the turns after the first take all that went before for their prompt",
-        base=make_tool_base,
+        limit=TURNS_DIFFER,
+        base=make_base_without_end,
     ),
     Case("RLOO", make_rloo, generates=True, labels=True, reference=True),
     Case("DPO", make_dpo, labels=True, reference=True),
@@ -620,7 +677,7 @@ CASES = [
         "a classifier writes no thoughts; use LoRA",
         task="SEQ_CLS",
         base=make_reward_base,
-        refused="SEQ_CLS|sequence classification|causal",
+        refused="RewardTrainer|sequence classification|must have `generate`",
     ),
     Case("A2PO", make_a2po, "takes a PeftModel, no `peft_config`", generates=True),
     Case("CPO", make_cpo),
@@ -629,23 +686,26 @@ CASES = [
         make_gkd_on_policy,
         "asks `generate` for `use_cache=False` unless `gradient_checkpointing=False`",
         generates=True,
+        check=no_cache_asked_for,
     ),
-    Case("GKD, `lmbda=0`", make_gkd_off_policy),
-    Case("GMPO", make_gmpo, generates=True, labels=True),
+    Case("GKD, `lmbda=0`", make_gkd_off_policy, slow=True),
+    Case("GMPO", make_gmpo, generates=True, labels=True, slow=True),
     Case("GOLD", make_gold, generates=True),
-    Case("IW-OPD", make_iw_opd, generates=True),
+    Case("IW-OPD", make_iw_opd, generates=True, slow=True),
     Case(
         "OnlineDPO",
         make_online_dpo,
         "asks `generate` for `use_cache=False` unless `generation_kwargs` say otherwise",
         generates=True,
         reference=True,
+        check=no_cache_asked_for,
     ),
     Case(
         "OnlineDPO, `use_cache`",
         make_online_dpo_cached,
         '`generation_kwargs={"use_cache": True}`',
         generates=True,
+        slow=True,
         reference=True,
     ),
     Case("ORPO", make_orpo),
@@ -670,8 +730,14 @@ CASES = [
         generates=True,
         refused="teacher_model_kind",
     ),
-    Case("ServerDistillation", make_server_distillation, "tried with a teacher in the same process", generates=True),
-    Case("TPO", make_tpo),
+    Case(
+        "ServerDistillation",
+        make_server_distillation,
+        "tried with a teacher in the same process",
+        generates=True,
+        slow=True,
+    ),
+    Case("TPO", make_tpo, slow=True),
     Case(
         "AsyncGRPO",
         None,
@@ -731,7 +797,7 @@ class Outcome:
     others: float | None = None
     """The same in the trainer's other calls of the policy: old log-probs, metrics, a teacher that is the policy itself."""
     reference: float | None = None
-    """Largest difference of the calls with the adapter disabled to the base model on its own cache."""
+    """Largest difference of the calls with the adapter disabled to the base model on its full cache."""
     rollout: float | None = None
     """Largest difference of a thought's log-prob to that which it was sampled with."""
     unbounded: float | None = None
@@ -740,7 +806,12 @@ class Outcome:
     turns_found: int = 0
     silent: list[str] = field(default_factory=list)
     """Trainable parameters that got no gradient."""
-    loss: float | None = None
+    log: dict[str, Any] = field(default_factory=dict)
+    """What the trainer logged of the step."""
+
+    @property
+    def loss(self) -> float | None:
+        return self.log.get("loss")
 
 
 class Watch:
@@ -910,7 +981,7 @@ def make_config(case: Case, adapter: str, **fields: Any) -> Any:
     if adapter == "lora":
         return lora_config(case.task)
     fields = {"task_type": case.task, **fields}
-    if adapter == "pte, prompt_end" and HAS_PROMPT_END:
+    if adapter == "pte, prompt_end":
         fields["prompt_end"] = case.prompt_end
     return pte_config(**fields)
 
@@ -953,7 +1024,7 @@ def measure(case: Case, adapter: str, **fields: Any) -> Outcome:
             watch.stop()
             outcome.calls, outcome.turns = watch.calls, watch.turns
             outcome.silent = [name for name, size in watch.gradients.items() if not size > 0]
-            outcome.loss = next((entry["loss"] for entry in trainer.state.log_history if "loss" in entry), None)
+            outcome.log = next((entry for entry in trainer.state.log_history if "loss" in entry), {})
     if outcome.refusal is None and not case.refused:
         with torch.no_grad():
             for name, value in trainable(trainer.model).items():
@@ -964,6 +1035,7 @@ def measure(case: Case, adapter: str, **fields: Any) -> Outcome:
 
 def compare(case: Case, adapter: str, model: Any, outcome: Outcome) -> None:
     """Fills in what the recorded log-probs differ by. The calls with gradients are the trainer's loss."""
+    base = case.base().eval()
     unbounded = None
     if adapter != "lora":
         fields = {"cache_window": None}
@@ -982,8 +1054,7 @@ def compare(case: Case, adapter: str, model: Any, outcome: Outcome) -> None:
             thoughts = log_probs[first:]
             known = ~thoughts.isnan()
             if call.adapter is None:
-                with model.disable_adapter():
-                    outcome.reference = largest(outcome.reference, (thoughts - score_alone(model, row, first))[known])
+                outcome.reference = largest(outcome.reference, (thoughts - score_alone(base, row, first))[known])
                 continue
             if tuple(row) not in alone:
                 alone[tuple(row)] = score_alone(model, row, first)
@@ -1016,13 +1087,15 @@ def judge(case: Case, outcome: Outcome, adapter: str) -> str:
     """`"equal"`, `"refused"`, or what is wrong."""
     if outcome.refusal is not None:
         # LoRA is never refused; a policy is, with its remedy, where nothing tells it where prompts end.
-        allowed = case.refused or ("prompt_end" if adapter == "pte" else "")
+        allowed = case.refused or ("prompt_end" if adapter == "pte" else case.refused_with_end)
         if adapter != "lora" and allowed and re.search(allowed, str(outcome.refusal)):
             return "refused"
         return f"{type(outcome.refusal).__name__}: {outcome.refusal}"
     problems = []
     if case.refused:
         return "equal" if adapter == "lora" else "not refused"
+    if case.refused_with_end and adapter == "pte, prompt_end":
+        return "not refused"
     if outcome.thoughts < 2 * WINDOW:
         problems.append(f"only {outcome.thoughts} thoughts in the loss")
     for name, value in (("row scored alone", outcome.alone), ("rollout", outcome.rollout)):
@@ -1059,10 +1132,38 @@ def describe(outcome: Outcome) -> str:
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 HEAD = """# Trainers
 
-Every trainer of TRL {trl} that takes `peft_config`, unmodified, for one step on a tiny random model. *Equal*: the log-probs of the
-loss are those of the rollout, and of each row scored alone; tokens were evicted; every parameter of the adapter got a gradient.
-*Refused*: an error takes the place of the loss, and names `prompt_end` or what the note says. LoRA, the control, trains with all.
-This page is written by `python -m tests.integrations.trainers` and compared by `tests/integrations/test_trainers.py`.
+**Set `prompt_end`.** With it every trainer of TRL that takes `peft_config` trains the policy that generates. Without it one that hides
+its labels from the model is refused, and one of several turns may be wrong. Why: [prompt_end.md](prompt_end.md).
+
+```python
+config = PTEConfig(task_type="CAUSAL_LM", prompt_end=peft_pte.prompt_end(tokenizer))  # a chat model; prompt_end=4 for plain text
+```
+
+Each trainer below ran unmodified for one step, in float32, on a tiny random model with a window of {window}.
+
+* **its loss**: what it asks the model for (`logits`, TRL's `fused head`, or hidden states of the `backbone`), and whether it passes labels.
+* **with `prompt_end`**, **without**: *equal*: tokens were evicted, every parameter got a gradient, and each log-prob in the loss is, to
+  {equal}, the one it was sampled with and the one of its row scored alone. *Refused*: an error takes the place of the loss, where
+  a row is longer than the window (below it nothing is evicted and there is nothing to tell); it names `prompt_end`, or what the note says.
+
+LoRA, the control, trains in every line that was tried, and is equal in all but those that say *refused* twice, where it was not
+compared. Made with TRL {trl} and transformers {transformers} by
+`python -m tests.integrations.trainers`; `tests/integrations/test_trainers.py` measures every line again.
+
+## Defaults of TRL that matter
+
+* **Truncation.** `max_length` cuts the end of a row, or the end of its prompt, marker included, if the prompt alone is longer: such a
+  row is refused unless none of it is labelled. OnlineDPO samples from the whole prompt and scores it cut from the left to `max_length`
+  (512), with any adapter: let it hold prompt and `max_new_tokens`. `max_prompt_length` (SDFT, SDPO) keeps the last tokens; what is the
+  first marker then may be a later turn's.
+* **bf16.** TRL turns autocast on where you do not say `bf16=False`. Rollout and loss then differ by its rounding, as with LoRA.
+* **Dropout.** GRPO, RLOO and Distillation leave that of the base model on (`disable_dropout=True`); `PTEConfig(dropout=0.0)` is the default.
+* **`use_cache=False`.** GKD and OnlineDPO ask `generate` for it where gradients are checkpointed, TRL's default. The bounded cache is used
+  all the same: it is part of the policy. In a scoring call it changes nothing.
+* **The reference of `beta > 0`** is the base model on its full cache with `peft_config`, and a copy of the adapter under the same window if
+  you wrap the model yourself: see [prompt_end.md](prompt_end.md#the-reference-of-a-kl-term). The teacher of SDFT and SDPO is the former too.
+
+## The table
 
 | trainer | its loss | with `prompt_end` | without | note |
 |---|---|---|---|---|
@@ -1088,8 +1189,9 @@ def measured_line(case: Case) -> str:
     return line(case, describe(outcomes["pte, prompt_end"]), with_end, cell(case, without))
 
 
-def head() -> str:
-    return HEAD.format(trl=trl.__version__)
+def head(trl: str = trl.__version__, transformers: str = transformers.__version__) -> str:
+    """The page above its lines."""
+    return HEAD.format(trl=trl, transformers=transformers, window=WINDOW, equal=EQUAL)
 
 
 def page() -> str:
