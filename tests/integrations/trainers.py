@@ -1136,7 +1136,7 @@ HEAD = """# Trainers
 its labels from the model is refused, and one of several turns may be wrong. Why: [prompt_end.md](prompt_end.md).
 
 ```python
-config = PTEConfig(task_type="CAUSAL_LM", prompt_end=peft_pte.prompt_end(tokenizer))  # a chat model; prompt_end=4 for plain text
+config = PTEConfig(task_type="CAUSAL_LM", prompt_end=peft_pte.prompt_end(tokenizer))  # plain text: 4
 ```
 
 Each trainer below ran unmodified for one step, in float32, on a tiny random model with a window of {window}.
