@@ -90,6 +90,44 @@ class PeakMemory(TorchDispatchMode):
         self.live -= self._known.pop(key)[1]
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that are not views: on a GPU each is at least one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func._schema.name.partition("::")[2] not in _VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+_VIEWS = {
+    "_reshape_alias",
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "expand",
+    "lift_fresh",
+    "new_empty",
+    "permute",
+    "reshape",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+}
+
+
 def allocator_peak(function: Callable[[], Any]) -> int:
     """The most bytes that the allocator had given out at once while ``function`` ran, above what it had before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -156,11 +156,11 @@ def _encode_layers(operands: Operands, impl: str) -> None:
         state = encode(
             operands.state[layer],
             operands.query[layer],
-            keys.transpose(1, 2).flatten(2),
-            values.transpose(1, 2).flatten(2),
+            keys.transpose(1, 2).flatten(2)[:, None],
+            values.transpose(1, 2).flatten(2)[:, None],
             operands.key_projection[layer],
             operands.value_projection[layer],
             gain=GAIN,
             impl=impl,
         )
-        operands.state[layer].copy_(state)
+        operands.state[layer].copy_(state[:, 0])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_pte import replay
+from peft_pte.passes import run
 
 from .accounting import PeakMemory
 from .cases import GPU_SHAPES, LINEARS, SHAPES, shape_config, shaped_base, with_lora, with_pte
@@ -97,14 +97,28 @@ def predictions(shape: str, method: str) -> Iterator[Row]:
 
 def counted_peak(case: PeakCase, method: str, layers: int) -> int:
     """Bytes alive at once above the weights, for a model of ``layers`` layers."""
-    model = build(case, method, layers)
+    return peak_of(case, fields_of(case, method), layers)
+
+
+def fields_of(case: PeakCase, method: str) -> dict[str, Any] | None:
+    """The further fields of ``method``."""
+    fields = METHODS[method]
+    if fields is None or fields.get("recompute_layers", True):
+        return fields
+    # The activations of all layers of a pass are alive together, so passes are as short as they can be.
+    return {**fields, "segment_length": case.window // 4}
+
+
+def peak_of(case: PeakCase, fields: dict[str, Any] | None, layers: int) -> int:
+    """The same of PTE with ``fields``; ``None``: LoRA."""
+    model = build(case, fields, layers)
     with FakeTensorMode():
         forget_numbers(model)
         ids = torch.zeros(1, case.prompt + case.completion, dtype=torch.long)
         backbone = model.get_base_model().model
         gc.collect()
-        with PeakMemory() as memory, _offloaded_is_elsewhere(memory):
-            if method == "lora":
+        with PeakMemory() as memory, offloaded_is_elsewhere(memory):
+            if fields is None:
                 hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
             else:
                 # Where the prompt ends is found by looking at labels, and fake ones cannot be looked at. As two calls on one
@@ -120,8 +134,9 @@ def counted_peak(case: PeakCase, method: str, layers: int) -> int:
 
 
 @contextmanager
-def _offloaded_is_elsewhere(memory: PeakMemory) -> Iterator[None]:
-    original = replay.Offload
+def offloaded_is_elsewhere(memory: PeakMemory) -> Iterator[None]:
+    """Within the block, what is offloaded does not count."""
+    original = run.Offload
 
     class Elsewhere(original):  # type: ignore[misc, valid-type]
         def _pack(self, tensor: torch.Tensor) -> Any:
@@ -130,17 +145,16 @@ def _offloaded_is_elsewhere(memory: PeakMemory) -> Iterator[None]:
                 memory.leave_out(packed.values)
             return packed
 
-    replay.Offload = Elsewhere  # type: ignore[misc]
+    run.Offload = Elsewhere  # type: ignore[misc]
     try:
         yield
     finally:
-        replay.Offload = original  # type: ignore[misc]
+        run.Offload = original  # type: ignore[misc]
 
 
-def build(case: PeakCase, method: str, layers: int) -> Any:
+def build(case: PeakCase, fields: dict[str, Any] | None, layers: int) -> Any:
     """The adapted model on the meta device, as a trainer has it: bfloat16, checkpointing on."""
     base = shaped_base(case.shape, "meta", torch.bfloat16, "sdpa", layers)
-    fields = METHODS[method]
     if fields is None:
         model = with_lora(base, case.rank, LINEARS, meta=True, autocast=False)
     else:
@@ -154,6 +168,6 @@ def build(case: PeakCase, method: str, layers: int) -> Any:
 @cache
 def fixed_bytes(shape: str, method: str) -> int:
     """Weights in bfloat16, and adapters in float32 with two moments of Adam; their gradients are in the peak."""
-    model = build(PeakCase(shape, 0), method, shape_config(shape).num_hidden_layers)
+    model = build(PeakCase(shape, 0), METHODS[method], shape_config(shape).num_hidden_layers)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return 2 * SHAPES[shape].parameters + 3 * 4 * trained

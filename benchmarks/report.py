@@ -57,6 +57,9 @@ def render(results: list[Row], brief: bool = False) -> str:
     counts = [content for content in results if content["case"] == "peaks"]
     if counts:
         parts.append(_peaks(counts[-1]))
+    counts = [content for content in results if content["case"] == "cost"]
+    if counts and not brief:
+        parts.append(_cost(counts[-1]))
     if not any(content["case"] in timed and content["device"] == "cuda" for content in results):
         parts.insert(0, "Nothing was timed on a GPU yet. `python -m benchmarks run all` does, on a budget of 500 s.")
     return "\n\n".join(part for part in parts if part)
@@ -307,6 +310,42 @@ def _peaks(content: Row) -> str:
     )
 
 
+def _cost(content: Row) -> str:
+    figures: dict[Any, dict[str, Row]] = {}
+    for row in content["rows"]:
+        figures.setdefault(_key(row), {})[row["peer"]] = row
+    peers = [peer for peer in dict.fromkeys(row["peer"] for row in content["rows"]) if peer != "lora"]
+    body = []
+    for rows in figures.values():
+        first = next(iter(rows.values()))
+        name = _COST[first["figure"]] + (", per window" if first["per_window"] else "")
+        where = first["shape"] or f"width {first['width']}, {first['layers']} layers, batch {first['batch']}"
+        cells = [
+            f"{rows[peer]['of_lora']:.2f}" + (f" (≤ {limit:g})" if (limit := rows[peer]["at_most"]) is not None else "")
+            if peer in rows
+            else ""
+            for peer in peers
+        ]
+        body.append([name, where, f"{first['thoughts']:,}", f"{first['window']:,}", *cells])
+    header = ["what", "model", "thoughts", "window", *(_COST_PEERS.get(peer, peer.replace("_", " ")) for peer in peers)]
+    return (
+        "**What a step costs beside LoRA on the same linears, by the length of its passes (relative to LoRA; in brackets the "
+        "target).** Forward and backward of a scoring call in one run, gradient checkpointing on. Launches: operations that are "
+        "not views, with the reference implementation of the kernels. Time: of the process, the best of several, peers in turn. "
+        "Peak: tensor storages alive above the model, offloaded ones left out; at a true shape counted on fake tensors in "
+        "bfloat16, without the head. `one pass`: `segment_length` beyond the row; `window / 4` and so on: `segment_length` as a "
+        f"share of the window; `offload`: `offload=True`. {_origin([content])}\n\n" + tables.table(header, body, left=2)
+    )
+
+
+_COST = {
+    "launches": "launches",
+    "calls": "calls of a layer, no gradients",
+    "seconds": "CPU time",
+    "peak": "peak",
+    "counted_peak": "peak, counted",
+}
+_COST_PEERS = {"quarter_window": "window / 4", "half_window": "window / 2", "one_window": "one window"}
 _METHODS = {
     "lora": "LoRA, full cache",
     "lora_bounded": "LoRA under the window",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_pte import PTEConfig
-from peft_pte.boundary import Columns, PromptSpec, find_prompt_ends
+from peft_pte.passes.boundary import Columns, PromptSpec, find_prompt_ends
 from tests.cases import VOCABULARY, make_base
 from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, trainable
 
@@ -476,3 +476,61 @@ def test_every_parameter_learns_without_a_label():
     model = make_pte(prompt_end=MARKER).train()
     model(**scoring(3 * WINDOW, marker=True)).logits[:, 4:].logsumexp(-1).sum().backward()
     assert all(parameter.grad.abs().max() > 0 for name, parameter in trainable(model).items() if "lm_head" not in name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prompts_of_a_cached_prefix_that_end_in_different_columns(family):
+    # Right where every layer is bounded; a sliding layer would count the padding between prefix and rest.
+    model = make_pte(family, dtype=torch.float64, prompt_end=MARKER)
+    ids = torch.randint(1, 57, (2, 29), generator=torch.Generator().manual_seed(3))
+    ids[0, 7:9], ids[1, 4:6] = torch.tensor(MARKER), torch.tensor(MARKER)
+    mask = torch.ones_like(ids)
+    mask[1, 26:] = 0
+    cache = model.base_model.new_cache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :3], attention_mask=mask[:, :3], past_key_values=cache)
+        if family == "gemma3":
+            with pytest.raises(NotImplementedError, match="would count the padding"):
+                model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
+            return
+        rest = model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache).logits
+        assert_close(rest[1, :23], model(input_ids=ids[1:, :26]).logits[0, 3:])
+
+
+def test_a_static_cache_wants_a_prompt():
+    model = make_pte(attn_implementation="sdpa")
+    ids = torch.ones(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="`prompt_length` must be at least 1 on a static cache"):
+        model.generate(ids, max_new_tokens=4, prompt_length=0, cache_implementation="static")
+    model.generate(ids, max_new_tokens=4, prompt_length=0)
+
+
+def test_an_interrupted_call_leaves_no_cache_to_go_on_with():
+    model = make_pte()
+    ids = torch.randint(1, 57, (2, 30))
+    cache = model.base_model.new_cache()
+    layer = model.get_base_model().model.layers[1]
+
+    def interrupt(*args):
+        raise MemoryError
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :20], past_key_values=cache, prompt_length=5)
+        hook = layer.register_forward_hook(interrupt)
+        with pytest.raises(MemoryError):
+            model(input_ids=ids[:, 20:21], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="was interrupted, so its layers hold different tokens"):
+            model(input_ids=ids[:, 20:21], past_key_values=cache)
+        cache.reset()
+        model(input_ids=ids, past_key_values=cache, prompt_length=5)
+
+
+def test_a_mask_without_padding_may_be_left_out_later():
+    model = make_pte()
+    ids = torch.randint(1, 57, (2, 12))
+    cache = model.base_model.new_cache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :5], attention_mask=torch.ones(2, 5), past_key_values=cache)
+        last = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        assert_close(last, model(input_ids=ids, prompt_length=5).logits[:, 5:])

@@ -181,9 +181,9 @@ def test_values_set_later_are_checked_together():
     config = PTEConfig(cache_window=16, segment_length=8)
     with pytest.raises(ValueError, match="`segment_length` needs a bounded cache"):
         config.cache_window = None
-    with pytest.raises(ValueError, match="`segment_length` must be 4 with eviction='key_diff'"):
-        config.eviction = "key_diff"
-    config.segment_length = None
+    config.segment_length, config.chunk_length = None, 4
+    with pytest.raises(ValueError, match="`chunk_length` needs a bounded cache"):
+        config.cache_window = None
     config.eviction = "key_diff"
     config.target_modules = ["q_proj"]
     assert config.target_modules == {"q_proj"}

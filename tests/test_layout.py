@@ -2,7 +2,7 @@
 
 import torch
 
-from peft_pte.layout import lay_out
+from peft_pte.passes.layout import lay_out
 
 
 def test_grpo_layout_is_left_alone():

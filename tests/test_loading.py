@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_pte import PTEConfig
-from peft_pte.seam import LOADER_METHOD, Seam
+from peft_pte.host.compat import LOADER_METHOD
+from peft_pte.seam import Seam
 from tests.cases import TWO_FAMILIES
 from tests.helpers import SMALL, make_prompts, make_pte, roll_out, same_base, thought_logits, trainable
 

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peft_pte import PTEConfig, PTEModel
-from peft_pte.layer import PTELayer, PTELinear
+from peft_pte.method.layer import PTELayer, PTELinear
 from tests.cases import FAMILIES, TWO_FAMILIES, make_base
 from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, same_base, thought_logits, trainable
 

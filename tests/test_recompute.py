@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from peft_pte import recompute
+from peft_pte.passes import recompute
 from tests.helpers import SMALL, make_prompts, make_pte, roll_out
 
 WINDOW = SMALL["cache_window"]
@@ -56,7 +56,7 @@ def test_offloading_lets_go_of_keys_and_values_that_left_the_window(recompute_la
     model = make_pte("llama", offload=True, recompute_layers=recompute_layers, segment_length=2)
     batch = roll_out(model, make_prompts(), 4 * WINDOW).truncated(4 * WINDOW)
     made = []
-    from peft_pte.slots import SlotChunks
+    from peft_pte.cache.slots import SlotChunks
 
     original = SlotChunks.append
 

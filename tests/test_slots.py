@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_pte.slots import KeyValue, SlotBuffer, SlotChunks, SlotTable
+from peft_pte.cache.slots import KeyValue, SlotBuffer, SlotChunks, SlotTable
 
 
 def make_tokens(count, start=0):

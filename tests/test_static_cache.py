@@ -116,10 +116,12 @@ def test_kernels_in_place_of_the_reference(family, fields):
 
 def test_one_launch_for_all_layers(monkeypatch):
     calls = []
-    import peft_pte.decode
+    import peft_pte.passes.decode
 
-    original = peft_pte.decode.compress_
-    monkeypatch.setattr("peft_pte.decode.compress_", lambda *args, **kwargs: calls.append(original(*args, **kwargs)))
+    original = peft_pte.passes.decode.compress_
+    monkeypatch.setattr(
+        "peft_pte.passes.decode.compress_", lambda *args, **kwargs: calls.append(original(*args, **kwargs))
+    )
     model = make_pte("llama", impl="triton", evict_ratio=0.5)
     rollout = roll_out(model, make_prompts((3, 2)), WINDOW + 6, **STATIC)
     assert len(calls) == rollout.cache.evictions == 2
@@ -291,7 +293,6 @@ def test_adapters_on_different_layers():
     model.set_adapter("other")
     found = [roll_out(model, make_prompts(), 4 * WINDOW, **options) for options in ({}, STATIC)]
     assert_close(found[1].logits, found[0].logits)
-    assert not any(layer.pending for layer in found[0].cache.state.layers)
 
 
 def test_labels_say_where_the_prompt_ends():

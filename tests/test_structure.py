@@ -9,77 +9,76 @@ from pathlib import Path
 import pytest
 
 import peft_pte
+from peft_pte.cache.eviction import POLICIES
 from peft_pte.config import EVICTION_POLICIES
-from peft_pte.eviction import POLICIES
 
 PACKAGE = Path(peft_pte.__file__).parent
-# Lower floors never import upper ones; within a floor, imports may not form a circle.
+# Lower rooms never import upper ones; no import of a module forms a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "lora_fields", "config", "state", "boundary", "chat"},
+    {"shapes", "_peft_type", "lora_fields", "config", "chat"},
     {"ops"},
-    {"eviction", "rotary", "layer", "encoder", "slots", "layout"},
-    {"thought_layer", "cache", "static_cache", "statistics"},
-    {"checkpoints", "sites", "recompute", "decode", "replay", "seam", "model"},
+    {"method"},
+    {"cache"},
+    {"host"},
+    {"passes", "seam"},
+    {"tuner"},
     {"__init__"},
     {"integrations"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
-def unit_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported_units(path):
-    """Units of this package that ``path`` imports at run time (imports for type checkers alone do not count)."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
-        for node in ast.walk(branch)
-    }
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+def imported_modules(path):
+    """Modules of this package that ``path`` imports, by their names below it, for type checkers alone too."""
+    inside = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level == 0 and parts[:1] == ["peft_pte"]:
-                parts = parts[1:]
-            elif node.level != depth:
-                continue  # another package, or a neighbour within the unit
-            for name in [parts[0]] if parts else [alias.name for alias in node.names]:
-                yield name if name in FLOOR_OF else "__init__"
-        elif isinstance(node, ast.Import):
+            module = node.module or ""
+            if node.level:
+                base = inside[: len(inside) - node.level]
+            elif module.split(".")[0] == "peft_pte":
+                base, module = (), module.partition(".")[2]
+            else:
+                continue
+            parts = (*base, *(part for part in module.split(".") if part))
             for alias in node.names:
-                if alias.name.startswith("peft_pte."):
-                    yield alias.name.split(".")[1]
+                whole = (*parts, alias.name)
+                known = PACKAGE.joinpath(*whole).with_suffix(".py").exists() or PACKAGE.joinpath(*whole).is_dir()
+                yield ".".join(whole if known else parts) or "__init__"
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("peft_pte."))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_floor_imports_a_higher_one(path):
-    floor = FLOOR_OF[unit_of(path)]
-    for unit in imported_units(path):
-        assert FLOOR_OF[unit] <= floor, f"{path.name} (floor {floor}) imports {unit} (floor {FLOOR_OF[unit]})"
+def room_of(module):
+    return module.split(".")[0]
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_room_imports_a_higher_one(path):
+    floor = FLOOR_OF[room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))]
+    for module in imported_modules(path):
+        assert FLOOR_OF[room_of(module)] <= floor, f"{path.name} (floor {floor}) imports {module}"
 
 
 def test_imports_form_no_circle():
     graph = {}
-    for path in PACKAGE.rglob("*.py"):
-        unit = unit_of(path)
-        graph.setdefault(unit, set()).update(set(imported_units(path)) - {unit})
+    for path in MODULES:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        graph[name] = {module for module in imported_modules(path) if module != name}
     done = set()
 
-    def visit(unit, trail):
-        assert unit not in trail, f"circle: {' -> '.join([*trail, unit])}"
-        if unit not in done:
-            for other in graph.get(unit, ()):
-                visit(other, [*trail, unit])
-            done.add(unit)
+    def visit(module, trail):
+        assert module not in trail, f"circle: {' -> '.join([*trail, module])}"
+        if module not in done:
+            for other in graph.get(module, ()):
+                visit(other, [*trail, module])
+            done.add(module)
 
-    for unit in graph:
-        visit(unit, [])
+    for module in graph:
+        visit(module, [])
 
 
 @pytest.mark.parametrize("operation", ["compress", "encode", "delta"])

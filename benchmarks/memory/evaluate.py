@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_pte.encoder import PTEEncoder
-from peft_pte.state import Evicted
+from peft_pte.method.encoder import PTEEncoder
+from peft_pte.method.state import Evicted
 
 from ..intervals import share
 from .model import follows, recall
@@ -78,9 +78,9 @@ def _encoders(model: nn.Module) -> list[PTEEncoder]:
 def swapped_evictions(model: nn.Module) -> Iterator[None]:
     """Within the block, every sequence's encoders read the keys and values that its neighbour in the batch lost."""
 
-    def swap(encoder: nn.Module, args: tuple[str, Tensor, Evicted]) -> tuple[str, Tensor, Evicted]:
-        adapter, state, evicted = args
-        return adapter, state, evicted.map(lambda part: part.roll(1, dims=0))
+    def swap(encoder: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        adapter, state, evicted, *times = args
+        return adapter, state, Evicted(*(None if part is None else part.roll(1, dims=0) for part in evicted)), *times
 
     with _hooked(model, lambda encoder: encoder.register_forward_pre_hook(swap)):
         yield
@@ -90,8 +90,8 @@ def swapped_evictions(model: nn.Module) -> Iterator[None]:
 def frozen_state(model: nn.Module) -> Iterator[None]:
     """Within the block, states stay ``S0``."""
 
-    def keep(encoder: nn.Module, args: tuple[str, Tensor, Evicted], state: Tensor) -> Tensor:
-        return args[1]
+    def keep(encoder: nn.Module, args: tuple[Any, ...], states: Tensor) -> Tensor:
+        return args[1][:, None].expand_as(states)
 
     with _hooked(model, lambda encoder: encoder.register_forward_hook(keep)):
         yield

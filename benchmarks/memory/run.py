@@ -38,7 +38,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "query-value-only": {"overrides": {"target_modules": ["q_proj", "v_proj"]}},
     "rotated-keys": {"overrides": {"key_rotation": "kept"}},
     "shared-first": {"shared_layer": 0},
-    "shared-last": {"shared_layer": 1},
     "all-tokens": {"loss_on": "all"},
     "long-only": {"stages": ((162, 400),)},
     "twice-as-long": {"stages": ((96, 800), (162, 300))},

@@ -7,22 +7,28 @@ the paper's update adds the mean of their outer products. ``S0`` is the paper's 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_pte import PTEConfig
-from peft_pte.encoder import PTEEncoder
-from peft_pte.layer import PTELinear
-from peft_pte.ops.encode.reference import normalize_rows
-from peft_pte.state import Evicted
+from peft_pte.method.encoder import PTEEncoder
+from peft_pte.method.layer import PTELinear
+from peft_pte.method.state import Evicted
+
+
+def normalize_rows(state: Tensor) -> Tensor:
+    """Rows of L2 norm 1; a zero row stays zero."""
+    square = state.square().sum(dim=-1, keepdim=True)
+    # Masked before the root: its slope at zero is infinite, and a row may be exactly zero.
+    return state / torch.where(square > 0, square, 1.0).sqrt()
 
 
 class VariantEncoder(PTEEncoder):
     """An encoder whose updates are those of :meth:`update`; its start is the paper's."""
 
-    _updating = False
     by_key = False
     """Whether adapters find tokens by their scores (``state_address="key"``) or by their values."""
     normalized_reading = False
@@ -38,25 +44,30 @@ class VariantEncoder(PTEEncoder):
         """
         raise NotImplementedError(f"{type(self).__name__} must define `update`.")
 
-    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted) -> Tensor:
-        """As in :class:`PTEEncoder`."""
+    def read(self, rows: Tensor) -> Tensor:
+        """Keys or values ``[B, E, D]`` as the projections see them."""
+        return rows
+
+    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted, times: int = 1) -> Tensor:
+        """As in :class:`PTEEncoder`; one eviction after the other."""
+        settings = self.settings[adapter_name]
+        if settings.state_update != "progressive":
+            return super().forward(adapter_name, state, evicted, times)
         if evicted.valid is not None:
             raise NotImplementedError("`variants` take traces without padding, got a mask. Leave the mask out.")
-        self._updating = True
-        try:
-            return super().forward(adapter_name, state, evicted)
-        finally:
-            self._updating = False
-
-    def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
-        if not self._updating:
-            return super()._encode(adapter_name, state, keys, values, valid)
+        keys, values, rotation = evicted.keys, evicted.values, self.applied_rotation(adapter_name)
+        if rotation is not None:
+            keys = rotation.remove(keys, evicted.positions)
         query, key_projection, value_projection = self.projections(adapter_name)
-        projected = functional.linear(keys, key_projection)
-        told = functional.linear(values, value_projection)
+        rows = (self.read(heads.to(state.dtype).transpose(1, 2).flatten(start_dim=2)) for heads in (keys, values))
+        projected, told = map(functional.linear, rows, (key_projection, value_projection))
         scores = functional.linear(projected, query) / math.sqrt(query.shape[-1])
-        gain = self.settings[adapter_name].gain
-        return self.update(state, scores, told, torch.cat([projected, told], dim=-1), gain)
+        tokens = torch.cat([projected, told], dim=-1)
+        states = []
+        for eviction in zip(*(part.chunk(times, dim=1) for part in (scores, told, tokens)), strict=True):
+            state = self.update(state, *eviction, settings.gain)
+            states.append(state)
+        return torch.stack(states, dim=1)
 
 
 class NormalizedReading(PTELinear):
@@ -75,10 +86,8 @@ def mean_product(scores: Tensor, values: Tensor) -> Tensor:
 class Unit(VariantEncoder):
     """The paper's update of keys and values of mean square 1: its size no longer depends on the base model's."""
 
-    def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
-        if self._updating:
-            keys, values = (functional.rms_norm(rows, rows.shape[-1:]) for rows in (keys, values))
-        return super()._encode(adapter_name, state, keys, values, valid)
+    def read(self, rows: Tensor) -> Tensor:
+        return functional.rms_norm(rows, rows.shape[-1:])
 
     def update(self, state: Tensor, scores: Tensor, values: Tensor, tokens: Tensor, gain: float) -> Tensor:
         return normalize_rows(state + gain * mean_product(scores, values))
@@ -243,8 +252,38 @@ def install(model: nn.Module, name: str, config: PTEConfig) -> None:
                 module.__class__ = NormalizedReading
 
 
+class FollowingEncoder(PTEEncoder):
+    """An encoder whose states are those of another, which runs before it in every chunk."""
+
+    def follow(self, leader: PTEEncoder) -> None:
+        """Take the states of ``leader`` from now on."""
+        # In a tuple, so that it does not become a submodule of this one.
+        self._leader = (leader,)
+        self._waiting: deque[Tensor] = deque()
+        leader.register_forward_hook(lambda module, args, states: self._waiting.append(states))
+
+    def initial_state(self, adapter_name: str) -> Tensor:
+        """``S0 [Q, R]`` of the leader."""
+        start: Tensor = self._leader[0].initial_state(adapter_name)
+        return start
+
+    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted, times: int = 1) -> Tensor:
+        """What the leader's states were after the evictions of the same chunk."""
+        return self._waiting.popleft()
+
+
 def share_state(model: nn.Module, layer_index: int) -> None:
-    """Let the adapters of all layers read the state of layer ``layer_index``; the other encoders are out of use."""
-    for module in model.modules():
-        if isinstance(module, PTELinear):
-            module.layer_index = layer_index
+    """Let the adapters of all layers read the states of the first layer; the other encoders are out of use.
+
+    Layers must not be run again out of order (gradient checkpointing).
+
+    Raises:
+        ValueError: ``layer_index`` is not 0: a layer takes all its tokens before the next, so that no later one has states in time.
+    """
+    if layer_index != 0:
+        raise ValueError(f"`shared_layer` must be 0, the layer that runs before all others, got {layer_index}.")
+    leader, *others = (module for module in model.modules() if isinstance(module, PTEEncoder))
+    for encoder in others:
+        encoder.__class__ = FollowingEncoder
+        assert isinstance(encoder, FollowingEncoder)
+        encoder.follow(leader)

@@ -6,11 +6,11 @@ Importing this package registers the method with peft and patches nothing else.
 from peft.utils import register_peft_method
 
 from ._peft_type import PTE
-from .cache import PTECache
+from .cache.cache import PTECache
+from .cache.static_cache import StaticPTECache
 from .chat import prompt_end
 from .config import PTEConfig
-from .model import PTEModel
-from .static_cache import StaticPTECache
+from .tuner.model import PTEModel
 
 __all__ = ["PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__", "prompt_end"]
 

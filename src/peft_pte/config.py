@@ -24,9 +24,7 @@ STATE_ADDRESSES = ("key", "value")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 MIN_CACHE_WINDOW = 4
-SHORTEST_SEGMENT = 128
-"""Tokens per sequence below which a pass of the layers costs time and saves no memory to speak of."""
-_MACHINE_FIELDS = ("impl", "segment_length", "recompute_layers", "offload")
+_MACHINE_FIELDS = ("impl", "segment_length", "chunk_length", "recompute_layers", "offload")
 LIVE_FIELDS = (
     "cache_window",
     "evict_ratio",
@@ -34,6 +32,7 @@ LIVE_FIELDS = (
     "prompt_end",
     "backprop_through_cache",
     "segment_length",
+    "chunk_length",
     "recompute_layers",
     "offload",
 )
@@ -135,8 +134,9 @@ class PTEConfig(PeftConfig):
             ``False``: they are detached at every eviction; the gradient still flows through the states.
         impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. This field and those below are choices
             of the machine, not of the adapter: they change no result and are not saved.
-        segment_length: Thoughts scored in one pass of the layers: a multiple of the tokens that leave at an eviction, or
-            a divisor. More is faster and needs more memory. ``None``: about 128, or one eviction's where those are more.
+        segment_length: With gradient checkpointing, columns of one pass of the backbone. Between passes a scoring call keeps keys and
+            values alone; a longer pass is faster and needs more memory. ``None``: the window, or 512 where that is more.
+        chunk_length: Columns that a layer takes at once. ``None``: the window.
         recompute_layers: With gradient checkpointing, whether the layers of a segment are recomputed one by one in the
             backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass (none
             with ``offload``); ``False``: those of all layers of one segment.
@@ -204,7 +204,10 @@ class PTEConfig(PeftConfig):
         default="auto", metadata={"help": "Who computes the kernels; not saved."}
     )
     segment_length: int | None = field(
-        default=None, metadata={"help": "Thoughts scored in one pass of the layers; None: about 128; not saved."}
+        default=None, metadata={"help": "Columns of a pass with gradients; None: the window; not saved."}
+    )
+    chunk_length: int | None = field(
+        default=None, metadata={"help": "Columns that a layer takes at once; None: the window; not saved."}
     )
     recompute_layers: bool = field(
         default=True, metadata={"help": "Recompute the layers of a segment one by one; not saved."}
@@ -273,7 +276,7 @@ class PTEConfig(PeftConfig):
         self._check_switches()
         self._check_choices()
         self._check_targets()
-        self._check_segment_length()
+        self._check_lengths()
         self._check_prompt_end()
 
     def _check_numbers(self) -> None:
@@ -359,30 +362,13 @@ class PTEConfig(PeftConfig):
                 "Name the layers, or leave both out."
             )
 
-    def _check_segment_length(self) -> None:
-        if self.segment_length is None:
-            return
-        _require_int("segment_length", self.segment_length, 1, "Leave it out for the default")
-        if self.cache_window is None:
-            raise ValueError("`segment_length` needs a bounded cache, got cache_window=None. Leave it out.")
-        step = self.tokens_per_eviction
-        longest = self.cache_window // step * step
-        fits = self.segment_length % step == 0 or step % self.segment_length == 0
-        if not fits or self.segment_length > longest:
-            raise ValueError(
-                f"`segment_length` must divide the {step} tokens that leave at an eviction, or be a multiple of them and at "
-                f"most {longest}, got {self.segment_length}. Use segment_length={step}, or leave it out for the default."
-            )
-        if self.segment_length > step and self.eviction != "sliding_window":
-            raise ValueError(
-                f"`segment_length` must be {step} with eviction={self.eviction!r}, got {self.segment_length}: what leaves "
-                "next depends on keys that the segment is yet to make. Leave it out."
-            )
-        if self.segment_length > step and not self.backprop_through_cache:
-            raise ValueError(
-                f"`segment_length` must be {step} with backprop_through_cache=False, got {self.segment_length}: keys and "
-                "values are detached at every eviction. Leave it out."
-            )
+    def _check_lengths(self) -> None:
+        for name in ("segment_length", "chunk_length"):
+            length = getattr(self, name)
+            if length is not None:
+                _require_int(name, length, 1, "Leave it out for the default")
+                if self.cache_window is None:
+                    raise ValueError(f"`{name}` needs a bounded cache, got cache_window=None. Leave it out.")
 
     def _check_prompt_end(self) -> None:
         given: Any = self.prompt_end
@@ -419,18 +405,13 @@ class PTEConfig(PeftConfig):
         return max(1, math.floor(self.evict_ratio * self.cache_window))
 
     @property
-    def evictions_per_segment(self) -> int:
-        """Evictions that one pass of the layers over a scored segment spans.
+    def evictions_per_window(self) -> int:
+        """Evictions after which nothing is left of a full window.
 
         Raises:
             ValueError: The cache is unbounded.
         """
-        step = self.tokens_per_eviction
-        if self.segment_length is not None:
-            return max(self.segment_length // step, 1)
-        if self.eviction != "sliding_window" or not self.backprop_through_cache:
-            return 1
-        return min(math.ceil(SHORTEST_SEGMENT / step), (self.cache_window or 0) // step)
+        return (self.cache_window or 0) // self.tokens_per_eviction
 
     def scale(self, rank: int, alpha: float | None = None) -> float:
         """The factor on an adapter of ``rank``; ``alpha`` overrides the config's (``alpha_pattern``)."""

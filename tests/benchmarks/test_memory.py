@@ -11,8 +11,8 @@ from benchmarks.memory.task import ASK, EQUALS, PROMPT, VOCABULARY, Traces, held
 from benchmarks.memory.train import Settings
 from benchmarks.memory.variants import VARIANTS, Delta, install, share_state
 from benchmarks.small import same_base
-from peft_pte.encoder import PTEEncoder
-from peft_pte.state import Evicted
+from peft_pte.method.encoder import PTEEncoder
+from peft_pte.method.state import Evicted
 
 
 def test_every_question_asks_for_a_fact_stated_before():
@@ -54,18 +54,19 @@ def test_variants_learn_from_what_left(name, arm):
     assert all(bool(weight.grad.any()) for name, weight in trained.items() if "thought_encoder" in name)
 
 
-@pytest.mark.parametrize("shared", [0, 1])
-def test_a_shared_state_is_that_of_one_layer(shared):
+def test_a_shared_state_is_that_of_the_first_layer():
     torch.manual_seed(0)
     config = Settings(window=8, rank=4, global_tokens=4, overrides={"init_weights": False}).config()
     model = get_peft_model(new_model(), config)
-    share_state(model, shared)
+    with pytest.raises(ValueError, match="must be 0, the layer that runs before all others, got 1"):
+        share_state(model, 1)
+    share_state(model, 0)
     traces = make_traces(2, 48, torch.Generator().manual_seed(0))
     model(input_ids=traces.input_ids, labels=traces.answers, prompt_length=PROMPT).loss.backward()
     used = {
         name.split(".layers.")[1][0] for name, w in model.named_parameters() if "pte_key" in name and w.grad is not None
     }
-    assert used == {str(shared)}
+    assert used == {"0"}
 
 
 @pytest.mark.parametrize("by_key", [True, False])

@@ -16,7 +16,7 @@ from benchmarks.rl.evaluate import EVALUATION_SEED, window_of
 from benchmarks.rl.report import peak_cache, report
 from benchmarks.rl.train import ARMS, Settings, adapt, evict_of
 from benchmarks.small import gone
-from peft_pte import PTECache
+from peft_pte.cache.thought_layer import ThoughtLayer
 from tests.cases import make_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,8 +118,10 @@ def test_the_window_of_an_evaluation_bounds_its_cache(arm, monkeypatch):
     model = adapt(make_base("llama"), Settings(arm=arm, window=8, rank=4, global_tokens=4), 0)
     before = model.peft_config["default"]
     sizes = []
-    original = PTECache.evict
-    monkeypatch.setattr(PTECache, "evict", lambda self, *args: (sizes.append(self.window), original(self, *args))[1])
+    original = ThoughtLayer.evict
+    monkeypatch.setattr(
+        ThoughtLayer, "evict", lambda self, *args: (sizes.append(self.window), original(self, *args))[1]
+    )
     prompt = torch.randint(3, 20, (2, 5))
     generate = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     for window in (12, None):

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LogitsProcessor, LogitsProcessorList
 from trl import GRPOTrainer
 
-from peft_pte import PTECache
 from peft_pte.integrations.trl import PTECallback
+from peft_pte.seam import Seam
 from tests.helpers import trainable
 from tests.integrations.common import (
     COMPLETION,
@@ -244,13 +244,13 @@ def test_reward_goes_up(tmp_path):
 def test_rollouts_use_the_bounded_cache(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, config=pte_config(), max_steps=1)
     seen = []
-    original = PTECache.evict
+    original = Seam.observe
 
-    def counting(self, *arguments):
-        seen.append(self.evictions)
-        return original(self, *arguments)
+    def counting(self, cache, *arguments, **named):
+        seen.append(cache.evictions)
+        return original(self, cache, *arguments, **named)
 
-    monkeypatch.setattr(PTECache, "evict", counting)
+    monkeypatch.setattr(Seam, "observe", counting)
     trainer.train()
     assert max(seen) >= (COMPLETION - WINDOW) // 2 - 2
 

@@ -70,22 +70,22 @@ def test_in_one_layer_without_updates_it_changes_nothing(family, state_update):
 def test_padding_contributes_exactly_zero():
     model = make_pte("llama", dtype=torch.float64)
     encoder = model.base_model.model.model.layers[0].self_attn.thought_encoder
-    from peft_pte.state import Evicted
+    from peft_pte.method.state import Evicted
 
     keys, values = torch.randn(2, 2, 2, 3, 8, dtype=torch.float64)
     positions = torch.arange(3).expand(2, 1, 3)
     state = torch.nn.functional.normalize(torch.randn(2, 5, 4, dtype=torch.float64), dim=-1)
     valid = torch.tensor([[[True, False, True]], [[False, False, False]]])
     with torch.no_grad():
-        clean = encoder("default", state, Evicted(keys, values, positions, valid))
+        clean = encoder("default", state, Evicted(keys, values, positions, valid))[:, 0]
         keys[:, :, 1], values[:, :, 1] = torch.nan, torch.nan
         keys[1], values[1] = torch.nan, torch.nan
-        dirty = encoder("default", state, Evicted(keys, values, positions, valid))
+        dirty = encoder("default", state, Evicted(keys, values, positions, valid))[:, 0]
         kept = encoder(
             "default",
             state[:1],
             Evicted(keys[:1, :, [0, 2]], values[:1, :, [0, 2]], positions[:1, :, [0, 2]], None),
-        )
+        )[:, 0]
     assert torch.equal(clean, dirty)
     assert_close(dirty[1], state[1])
     assert_close(dirty[:1], kept)

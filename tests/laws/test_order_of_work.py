@@ -62,18 +62,23 @@ def test_gradient_checkpointing_of_a_partly_adapted_model(family):
 @pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
 @pytest.mark.parametrize("piece", [1, 3, 100])
 @pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
-def test_prompt_and_first_window_in_pieces(family, piece, eviction, monkeypatch):
+def test_length_of_chunks_and_of_passes(family, piece, eviction):
     model = make_pte(family, eviction=eviction).train()
     batch = roll_out(model.eval(), make_prompts((7, 2, 5)), 3 * WINDOW).truncated(3 * WINDOW)
     expected, loss = gradients(model.train(), batch)
-    monkeypatch.setattr("peft_pte.replay.SHORTEST_SEGMENT", piece)
-    monkeypatch.setattr("peft_pte.config.SHORTEST_SEGMENT", piece)
+    config = model.peft_config["default"]
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        actual, loss_in_pieces = gradients(model, batch)
-        assert_close(loss_in_pieces, loss)
-        assert_same_gradients(actual, expected)
+        for chunk, segment in ((piece, None), (None, piece), (piece, 5), (100, 100)):
+            config.chunk_length, config.segment_length = chunk, segment
+            actual, loss_in_pieces = gradients(model, batch)
+            assert_close(loss_in_pieces, loss)
+            assert_same_gradients(actual, expected)
+    with torch.no_grad():
+        config.chunk_length, whole = None, thought_logits(model, batch)
+        config.chunk_length = piece
+        assert_close(thought_logits(model, batch), whole)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
     batch = roll_out(model, make_prompts(prompts), 3 * WINDOW).truncated(3 * WINDOW, [24, 20, 3])
     expected, loss = gradients(model.train(), batch)
     monkeypatch.setattr("peft_pte.seam.Seam.sharded", lambda seam: True)
-    monkeypatch.setattr("peft_pte.replay._widest", lambda device, prompt, thoughts: (prompt + 3, thoughts + 9))
+    monkeypatch.setattr("peft_pte.passes.run._widest", lambda device, prompt, thoughts: (prompt + 3, thoughts + 9))
     model.gradient_checkpointing_enable()
     actual, loss_of_more = gradients(model, batch)
     assert_close(loss_of_more, loss)

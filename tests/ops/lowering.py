@@ -94,12 +94,11 @@ def compile_delta(dtype):
 def compile_encode(attention):
     state, query, rows = torch.zeros(2, 32, 32), torch.zeros(32, 32), torch.zeros(2, 256, 256)
     weight, valid = torch.zeros(32, 256), torch.ones(2, 256, dtype=torch.bool)
-    operands = (state, query, rows, rows, weight, weight, valid)
-    encode._forward._init_fn(*operands, 0.3, attention)
+    encode._updates._init_fn(query, rows, rows, weight, weight, valid, attention)
     narrow, norm = torch.zeros(2, 256, 32), torch.zeros(2, 32)
-    encode._backward_of_rows._init_fn(
-        state, state, norm, state, norm, query, narrow, narrow, valid, norm[:, 0], 0.3, attention
-    )
+    encode._updates_backward._init_fn(state, state, norm, query, narrow, narrow, valid, norm[:, 0], attention)
+    encode._recur._init_fn(state[:1], state[None], 0.3)
+    encode._recur_backward._init_fn(state[None], state[None], norm[None], 0.3)
 
 
 if __name__ == "__main__":

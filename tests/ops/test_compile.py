@@ -32,9 +32,9 @@ def assert_compiles(function, *operands):
 @pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_encode(impl, attention):
-    shapes = ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))
+    shapes = ((2, 3, 4), (3, 4), (2, 2, 5, 8), (2, 2, 5, 8), (4, 8), (4, 8))
     operands = [torch.randn(*shape, device=DEVICE) for shape in shapes]
-    valid = torch.tensor([[True] * 5, [True, False] * 2 + [True]], device=DEVICE)
+    valid = torch.tensor([[[True] * 5, [True, False] * 2 + [True]]] * 2, device=DEVICE)
     assert_compiles(lambda *args: encode(*args, attention=attention, impl=impl), *operands, valid)
 
 
@@ -74,11 +74,14 @@ def test_operations_are_declared_as_they_behave():
     from peft_pte.ops.compress.triton import _compress
     from peft_pte.ops.delta.triton import _forward as delta_forward
     from peft_pte.ops.delta.triton import _group
-    from peft_pte.ops.encode.triton import _forward as encode_forward
+    from peft_pte.ops.encode.triton import _recur, _updates
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    floats = [torch.randn(*shape, device=DEVICE) for shape in ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))]
-    torch.library.opcheck(encode_forward, (*floats, None, 0.3, "softmax"), test_utils=checks)
+    floats = [torch.randn(*shape, device=DEVICE) for shape in ((3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))]
+    torch.library.opcheck(_updates, (*floats, None, "softmax"), test_utils=checks)
+    torch.library.opcheck(
+        _recur, (*(torch.randn(*s, device=DEVICE) for s in ((2, 3, 4), (2, 5, 3, 4))), 0.3), test_utils=checks
+    )
     hidden, down, state, up, onto = (
         torch.randn(*shape, device=DEVICE) for shape in ((2, 7, 12), (5, 12), (2, 4, 5), (9, 4), (2, 7, 9))
     )

@@ -196,7 +196,12 @@ def test_equals_encode_layer_by_layer(impl, attention):
     rows = [case[name].index_select(3, case["slots"]).transpose(2, 3).flatten(3) for name in ("keys", "values")]
     projections = [case[name] for name in ("key_projection", "value_projection")]
     layers = zip(case["state"].clone(), case["query"], *rows, *projections, strict=True)
-    expected = torch.stack([encode(*layer, gain=0.5, attention=attention, impl=impl) for layer in layers])
+    expected = torch.stack(
+        [
+            encode(state, query, keys[:, None], values[:, None], *rest, gain=0.5, attention=attention, impl=impl)[:, 0]
+            for state, query, keys, values, *rest in layers
+        ]
+    )
     compress_(**case, gain=0.5, attention=attention, impl=impl)
     torch.testing.assert_close(case["state"], expected, rtol=0, atol=1e-6)
 

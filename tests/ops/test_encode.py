@@ -3,14 +3,32 @@
 import pytest
 import torch
 
+from peft_pte.config import ENCODER_ATTENTIONS
 from peft_pte.ops import delta, encode, resolve_impl
+from peft_pte.ops.updates import UPDATES
 from tests.ops.common import DEVICE, IMPLEMENTATIONS, assert_matches
 
-# (B, E, D, Q, R)
-SIZES = [(1, 1, 16, 1, 1), (2, 63, 24, 5, 6), (3, 7, 100, 32, 32), (2, 32, 64, 16, 16), (1, 1000, 33, 3, 17)]
+# (B, N, E, D, Q, R)
+SIZES = [
+    (1, 1, 1, 16, 1, 1),
+    (2, 2, 63, 24, 5, 6),
+    (3, 5, 7, 100, 32, 32),
+    (2, 3, 32, 64, 16, 16),
+    (1, 1, 1000, 33, 3, 17),
+]
 
 
 def oracle_encode(state, query, keys, values, key_projection, value_projection, valid, gain, attention):
+    """One eviction after the other."""
+    states = []
+    for part in range(keys.shape[1]):
+        operands = (keys[:, part], values[:, part], key_projection, value_projection)
+        state = oracle_eviction(state, query, *operands, None if valid is None else valid[:, part], gain, attention)
+        states.append(state)
+    return torch.stack(states, dim=1)
+
+
+def oracle_eviction(state, query, keys, values, key_projection, value_projection, valid, gain, attention):
     """Row by row, token by token, as the equations have it."""
     rows = []
     for row in range(len(state)):
@@ -36,20 +54,21 @@ def oracle_encode(state, query, keys, values, key_projection, value_projection, 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_encode(impl, size, dtype, attention, padded):
-    batch, evicted, width, queries, rank = size
+    batch, times, evicted, width, queries, rank = size
     operands = [
         torch.randn(batch, queries, rank, dtype=torch.float64),
         torch.randn(queries, rank, dtype=torch.float64),
-        torch.randn(batch, evicted, width, dtype=torch.float64),
-        torch.randn(batch, evicted, width, dtype=torch.float64),
+        torch.randn(batch, times, evicted, width, dtype=torch.float64),
+        torch.randn(batch, times, evicted, width, dtype=torch.float64),
         torch.randn(rank, width, dtype=torch.float64) / width**0.5,
         torch.randn(rank, width, dtype=torch.float64) / width**0.5,
     ]
     operands = [operand.to(DEVICE) for operand in operands]
     valid = None
     if padded:
-        valid = torch.rand(batch, evicted, device=DEVICE) > 0.4
-        valid[-1] = False
+        valid = torch.rand(batch, times, evicted, device=DEVICE) > 0.4
+        valid[-1, -1] = False
+        valid[0, 0] = False
     assert_matches(
         lambda *args: encode(*args, valid, gain=0.3, attention=attention, impl=impl),
         lambda *args: oracle_encode(*args, valid, 0.3, attention),
@@ -62,23 +81,41 @@ def test_encode(impl, size, dtype, attention, padded):
 def test_encode_an_empty_state_stays_empty(impl):
     zero, valid = (
         torch.zeros(2, 3, 4, device=DEVICE, requires_grad=True),
-        torch.zeros(2, 5, dtype=torch.bool, device=DEVICE),
+        torch.zeros(2, 2, 5, dtype=torch.bool, device=DEVICE),
     )
-    keys, weights = torch.randn(2, 5, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE)
+    keys, weights = torch.randn(2, 2, 5, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE)
     state = encode(zero, torch.randn(3, 4, device=DEVICE), keys, keys, weights, weights, valid, impl=impl)
     assert torch.equal(state, torch.zeros_like(state))
-    (gradient,) = torch.autograd.grad(state.sum(), zero)
+    (gradient,) = torch.autograd.grad(state[:, -1].sum(), zero)
     assert torch.equal(gradient, torch.ones_like(zero))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_encode_computes_in_float32_under_autocast(impl):
     operands = [
-        torch.randn(*shape, device=DEVICE) for shape in ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))
+        torch.randn(*shape, device=DEVICE) for shape in ((2, 3, 4), (3, 4), (2, 1, 5, 8), (2, 1, 5, 8), (4, 8), (4, 8))
     ]
     expected = encode(*operands, impl=impl)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(encode(*operands, impl=impl), expected)
+
+
+@pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_evictions_together_are_evictions_one_by_one(impl, attention):
+    state, query, wk, wv = (torch.randn(*shape, device=DEVICE) for shape in ((2, 5, 4), (5, 4), (4, 8), (4, 8)))
+    # Not contiguous, as slices of a cache are.
+    keys, values = torch.randn(2, 8, 15, 2, device=DEVICE).unflatten(2, (5, 3)).permute(4, 0, 2, 3, 1).unbind(0)
+    together = encode(state, query, keys, values, wk, wv, attention=attention, impl=impl)
+    for part in range(5):
+        cut = (keys[:, part : part + 1], values[:, part : part + 1])
+        state = encode(state, query, *cut, wk, wv, attention=attention, impl=impl)[:, 0]
+        torch.testing.assert_close(together[:, part], state, rtol=0, atol=2e-6)
+
+
+def test_the_registry_of_updates_is_what_the_config_knows():
+    assert tuple(UPDATES) == ENCODER_ATTENTIONS
+    assert all(update.source for update in UPDATES.values())
 
 
 def test_auto_is_resolved_and_visible():
@@ -89,7 +126,7 @@ def test_auto_is_resolved_and_visible():
 
 
 def test_unknown_attention():
-    operands = [torch.randn(*shape) for shape in ((2, 3, 4), (3, 4), (2, 5, 8), (2, 5, 8), (4, 8), (4, 8))]
+    operands = [torch.randn(*shape) for shape in ((2, 3, 4), (3, 4), (2, 1, 5, 8), (2, 1, 5, 8), (4, 8), (4, 8))]
     with pytest.raises(ValueError, match="`attention` must be one of 'linear', 'softmax', 'slots'"):
         encode(*operands, attention="flash")
 

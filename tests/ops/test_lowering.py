@@ -21,8 +21,10 @@ KERNELS = {
     "_expand_kernel",
     "_group_read_kernel",
     "_state_kernel",
-    "_forward_kernel",
-    "_backward_kernel",
+    "_update_kernel",
+    "_update_backward_kernel",
+    "_recur_kernel",
+    "_recur_backward_kernel",
 }
 
 

@@ -9,14 +9,14 @@ from ...shapes import (
     CachedHeads,
     CosSin,
     EvictedSlots,
-    EvictedValid,
     LayerProjections,
     LayerQueries,
     LayerStates,
+    LeavingValid,
     checked,
 )
-from ..encode.api import check_attention
 from ..implementation import resolve_impl
+from ..updates import update_of
 
 ROTARY_STYLES = ("half", "interleaved")
 
@@ -32,7 +32,7 @@ def compress_(
     value_projection: LayerProjections,
     cos: CosSin | None = None,
     sin: CosSin | None = None,
-    valid: EvictedValid | None = None,
+    valid: LeavingValid | None = None,
     *,
     gain: float = 0.3,
     attention: str = "linear",
@@ -103,7 +103,7 @@ def _check(
     attention: str,
     rotary_style: str,
 ) -> None:
-    check_attention(attention)
+    update_of(attention)
     if rotary_style not in ROTARY_STYLES:
         raise ValueError(f"`rotary_style` must be one of {ROTARY_STYLES}, got {rotary_style!r}.")
     if state.dtype not in (torch.float32, torch.float64):

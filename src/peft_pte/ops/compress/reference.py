@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..encode.reference import encode_reference
+from ..encode.reference import recur_reference, updates_reference
 
 # Layers are taken together up to this many bytes of gathered keys, so that an eviction needs no second cache.
 _GATHER_BYTES = 256 * 2**20
@@ -38,17 +38,17 @@ def compress_reference(
         if valid is not None:
             mask = valid[:, None, :, None]
             rows_k, rows_v = torch.where(mask, rows_k, 0.0), torch.where(mask, rows_v, 0.0)
-        state[part] = encode_reference(
-            state[part],
+        updates = updates_reference(
             query[part, None].to(state.dtype),
             _flatten_heads(rows_k),
             _flatten_heads(rows_v),
             key_projection[part, None].to(state.dtype),
             value_projection[part, None].to(state.dtype),
             valid,
-            gain,
             attention,
         )
+        before = state[part].flatten(end_dim=1)
+        state[part] = recur_reference(before, updates.flatten(end_dim=1)[:, None], gain).view_as(state[part])
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:

@@ -1,24 +1,15 @@
-"""``encode``: one update of the thought state, whoever computes it."""
+"""``encode``: the thought state after each of several evictions, whoever computes it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...shapes import EvictedRows, EvictedValid, Projection, Query, State, checked
 from ..implementation import resolve_impl
-
-ATTENTIONS = ("linear", "softmax", "slots")
-
-
-def check_attention(attention: str) -> None:
-    """Refuse what no implementation computes.
-
-    Raises:
-        ValueError: ``attention`` is none of ``ATTENTIONS``.
-    """
-    if attention not in ATTENTIONS:
-        raise ValueError(f"`attention` must be one of {', '.join(map(repr, ATTENTIONS))}, got {attention!r}.")
+from ..updates import update_of
 
 
 @checked
@@ -35,18 +26,19 @@ def encode(
     attention: str = "linear",
     impl: str = "auto",
 ) -> Tensor:
-    """``S <- Norm(S + gain * enc(K_e, V_e))``, row-wise L2 norm; paper section 3, ``ops/README.md``.
+    """``S <- Norm(S + gain * enc(K_e, V_e))``, row-wise L2 norm, for ``N`` evictions; paper section 3, ``ops/README.md``.
 
-    Computed in float64 for a float64 ``state`` and in float32 otherwise, outside any autocast.
+    An update does not depend on the state, so those of all evictions are computed together; the recurrence alone runs one after the
+    other. Computed in float64 for a float64 ``state`` and in float32 otherwise, outside any autocast.
 
     Args:
-        state: ``S [B, Q, R]`` before the eviction (zeros for ``S0``).
+        state: ``S [B, Q, R]`` before the first eviction (zeros for ``S0``).
         query: ``W_Q h_g [Q, R]``, the same for every sequence.
-        keys: ``K_e [B, E, D]``, evicted keys, heads flattened.
-        values: ``V_e [B, E, D]``, evicted values, heads flattened.
+        keys: ``K_e [B, N, E, D]``, evicted keys, heads flattened.
+        values: ``V_e [B, N, E, D]``, evicted values, heads flattened.
         key_projection: ``W_K [R, D]``.
         value_projection: ``W_V [R, D]``.
-        valid: ``[B, E]``, False for padding, which contributes exactly zero. ``None``: all valid.
+        valid: ``[B, N, E]``, False for padding, which contributes exactly zero. ``None``: all valid.
         gain: Factor on the update.
         attention: ``"linear"``: the mean over the valid evicted tokens of ``(q . k / sqrt(R)) v``; ``"softmax"``: the
             softmax-weighted sum; ``"slots"``: the mean with ``Q softmax_Q(q . k / sqrt(R))`` for the score, so that a token
@@ -54,20 +46,29 @@ def encode(
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
-        ``S [B, Q, R]`` after the eviction; rows that are exactly zero stay zero.
+        ``S [B, N, Q, R]`` after each eviction; rows that are exactly zero stay zero.
 
     Raises:
         ValueError: ``attention`` or ``impl`` is none of the above.
         NotImplementedError: ``impl`` cannot run on the device of ``state``.
     """
-    check_attention(attention)
+    update_of(attention)
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     state, query, keys, values, key_projection, value_projection = (
         operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)
     )
+    updates: Callable[..., Tensor]
+    recur: Callable[..., Tensor]
     if resolve_impl(impl, state.device) == "triton":
-        from .triton import encode_triton as compute
+        from .triton import recur_triton as recur
+        from .triton import updates_triton as updates
     else:
-        from .reference import encode_reference as compute
+        from .reference import recur_reference as recur
+        from .reference import updates_reference as updates
+    rows, evictions = keys.shape[:2]
+    mask = None if valid is None else valid.flatten(end_dim=1)
     with torch.autocast(state.device.type, enabled=False):
-        return compute(state, query, keys, values, key_projection, value_projection, valid, gain, attention)
+        new = updates(
+            query, keys.flatten(end_dim=1), values.flatten(end_dim=1), key_projection, value_projection, mask, attention
+        )
+        return recur(state, new.unflatten(0, (rows, evictions)), gain)

@@ -1,8 +1,8 @@
 """The update of the thought state as Triton kernels; derivation in ``ops/README.md``.
 
-Forward: one program per sequence reads ``K_e`` and ``V_e`` once, projects, attends, accumulates and normalises.
-Backward: one program per sequence turns ``dS`` into the gradients of the projected rows, the query and the old state;
-the gradients of the wide operands are then plain matrix products.
+Updates ``S'``, forward: one program per sequence and eviction reads ``K_e`` and ``V_e`` once, projects, attends and sums. Backward: one
+program turns ``dS'`` into the gradients of the projected rows and of the query; the gradients of the wide operands are then plain
+matrix products. Recurrence ``S <- Norm(S + gain S')``, forward and backward: one program per sequence walks over the evictions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from ..tuning import blocks_for
 
 
 @triton.jit
-def _forward_kernel(
-    p_state,
+def _update_kernel(
     p_query,
     p_keys,
     p_values,
@@ -29,8 +28,6 @@ def _forward_kernel(
     p_wv,
     p_valid,
     p_share,
-    p_out,
-    p_norm,
     p_update,
     p_lse,
     p_k,
@@ -39,7 +36,6 @@ def _forward_kernel(
     Q,
     R,
     D,
-    GAIN: tl.constexpr,
     ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -106,19 +102,12 @@ def _forward_kernel(
     else:
         update = update * tl.load(p_share + row)
     here = row * Q * R + o_q[:, None] * R + o_r[None, :]
-    state = tl.load(p_state + here, mask=m_qr, other=0.0) + GAIN * update
-    square = tl.sum(state * state, axis=1)
-    norm = tl.sqrt(tl.where(square > 0, square, 1.0))
-    tl.store(p_out + here, (state / norm[:, None]).to(DTYPE), mask=m_qr)
-    tl.store(p_norm + row * Q + o_q, norm.to(DTYPE), mask=m_q)
     tl.store(p_update + here, update.to(DTYPE), mask=m_qr)
 
 
 @triton.jit
-def _backward_kernel(
+def _update_backward_kernel(
     p_grad,
-    p_out,
-    p_norm,
     p_update,
     p_lse,
     p_query,
@@ -126,14 +115,12 @@ def _backward_kernel(
     p_v,
     p_valid,
     p_share,
-    p_grad_state,
     p_grad_query,
     p_grad_k,
     p_grad_v,
     E,
     Q,
     R,
-    GAIN: tl.constexpr,
     ROOT: tl.constexpr,
     HAS_VALID: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -150,14 +137,8 @@ def _backward_kernel(
     m_r = o_r < R
     m_qr = m_q[:, None] & m_r[None, :]
     here = row * Q * R + o_q[:, None] * R + o_r[None, :]
-    grad = tl.load(p_grad + here, mask=m_qr, other=0.0)
-    out = tl.load(p_out + here, mask=m_qr, other=0.0)
-    norm = tl.load(p_norm + row * Q + o_q, mask=m_q, other=1.0)
+    grad_update = tl.load(p_grad + here, mask=m_qr, other=0.0)
     query = tl.load(p_query + o_q[:, None] * R + o_r[None, :], mask=m_qr, other=0.0)
-    # A zero row was not divided by its norm, so it passes its gradient on; `out` is zero there, and that says so.
-    grad_sum = (grad - out * tl.sum(grad * out, axis=1)[:, None]) / norm[:, None]
-    tl.store(p_grad_state + here, grad_sum.to(DTYPE), mask=m_qr)
-    grad_update = (GAIN * grad_sum).to(DTYPE)
     grad_query = tl.zeros((b_Q, b_R), dtype=DTYPE)
     share = 1.0
     if SOFTMAX:
@@ -197,29 +178,72 @@ def _backward_kernel(
     tl.store(p_grad_query + here, grad_query, mask=m_qr)
 
 
-@torch.library.custom_op("peft_pte::encode_forward", mutates_args=())
-def _forward(
-    state: Tensor,
+@triton.jit
+def _recur_kernel(
+    p_state, p_update, p_out, p_norm, N, Q, R, GAIN: tl.constexpr, b_Q: tl.constexpr, b_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    o_q = tl.arange(0, b_Q)
+    o_r = tl.arange(0, b_R)
+    m_q = o_q < Q
+    m_qr = m_q[:, None] & (o_r < R)[None, :]
+    place = o_q[:, None] * R + o_r[None, :]
+    state = tl.load(p_state + row * Q * R + place, mask=m_qr, other=0.0)
+    for n in range(0, N):
+        here = (row * N + n) * Q * R + place
+        state += GAIN * tl.load(p_update + here, mask=m_qr, other=0.0)
+        square = tl.sum(state * state, axis=1)
+        # A row that is exactly zero has no direction, and stays.
+        norm = tl.sqrt(tl.where(square > 0, square, 1.0))
+        state = (state / norm[:, None]).to(DTYPE)
+        tl.store(p_out + here, state, mask=m_qr)
+        tl.store(p_norm + (row * N + n) * Q + o_q, norm.to(DTYPE), mask=m_q)
+
+
+@triton.jit
+def _recur_backward_kernel(
+    p_grad, p_out, p_norm, p_grad_state, p_grad_update, N, Q, R, GAIN: tl.constexpr, b_Q: tl.constexpr,
+    b_R: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    o_q = tl.arange(0, b_Q)
+    o_r = tl.arange(0, b_R)
+    m_q = o_q < Q
+    m_qr = m_q[:, None] & (o_r < R)[None, :]
+    place = o_q[:, None] * R + o_r[None, :]
+    carry = tl.zeros((b_Q, b_R), dtype=DTYPE)
+    for step in range(0, N):
+        n = N - 1 - step
+        here = (row * N + n) * Q * R + place
+        grad = carry + tl.load(p_grad + here, mask=m_qr, other=0.0)
+        out = tl.load(p_out + here, mask=m_qr, other=0.0)
+        norm = tl.load(p_norm + (row * N + n) * Q + o_q, mask=m_q, other=1.0)
+        # A zero row was not divided by its norm, so it passes its gradient on; `out` is zero there, and that says so.
+        carry = ((grad - out * tl.sum(grad * out, axis=1)[:, None]) / norm[:, None]).to(DTYPE)
+        tl.store(p_grad_update + here, (GAIN * carry).to(DTYPE), mask=m_qr)
+    tl.store(p_grad_state + row * Q * R + place, carry, mask=m_qr)
+
+
+@torch.library.custom_op("peft_pte::updates_forward", mutates_args=())
+def _updates(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     key_projection: Tensor,
     value_projection: Tensor,
     valid: Tensor | None,
-    gain: float,
     attention: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The state after the eviction, and what the backward pass needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``S'`` of every eviction, and what the backward pass needs."""
     batch, evicted, width = keys.shape
     queries, rank = query.shape
-    out, update = state.new_empty(state.shape), state.new_empty(state.shape)
-    norm, lse = state.new_empty(batch, queries), state.new_empty(batch, queries)
-    projected_keys, projected_values = (state.new_empty(batch, evicted, rank) for _ in range(2))
-    count = state.new_full((batch,), evicted) if valid is None else valid.sum(dim=-1).clamp(min=1).to(state.dtype)
+    update, lse = query.new_empty(batch, queries, rank), query.new_empty(batch, queries)
+    projected_keys, projected_values = (query.new_empty(batch, evicted, rank) for _ in range(2))
+    count = query.new_full((batch,), evicted) if valid is None else valid.sum(dim=-1).clamp(min=1).to(query.dtype)
     share = count.reciprocal()
     mask = None if valid is None else row_of_bytes(valid.contiguous())
-    _forward_kernel[(batch,)](
-        state.contiguous(),
+    _update_kernel[(batch,)](
         query.contiguous(),
         keys.contiguous(),
         values.contiguous(),
@@ -227,8 +251,6 @@ def _forward(
         value_projection.contiguous(),
         mask,
         share,
-        out,
-        norm,
         update,
         lse,
         projected_keys,
@@ -238,28 +260,24 @@ def _forward(
         rank,
         width,
         HAS_VALID=mask is not None,
-        **_constants(state, queries, rank, gain, attention),
-        **blocks_for("encode", state.dtype, state.device),
+        **_attention(rank, attention),
+        **_blocks(query.dtype, queries, rank),
+        **blocks_for("encode", query.dtype, query.device),
     )
-    return out, norm, update, lse, projected_keys, projected_values, share
+    return update, lse, projected_keys, projected_values, share
 
 
-@_forward.register_fake
-def _(
-    state: Tensor, query: Tensor, keys: Tensor, *args: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, queries, rank = state.shape
-    narrow = (batch, keys.shape[1], rank)
-    rows, rows_v = state.new_empty(batch, queries), state.new_empty(narrow)
-    out, update = state.new_empty(state.shape), state.new_empty(state.shape)
-    return out, rows, update, torch.empty_like(rows), rows_v, torch.empty_like(rows_v), state.new_empty(batch)
+@_updates.register_fake
+def _(query: Tensor, keys: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, (queries, rank) = keys.shape[0], query.shape
+    narrow = [query.new_empty(batch, keys.shape[1], rank) for _ in range(2)]
+    update, lse = query.new_empty(batch, queries, rank), query.new_empty(batch, queries)
+    return update, lse, narrow[0], narrow[1], query.new_empty(batch)
 
 
-@torch.library.custom_op("peft_pte::encode_backward", mutates_args=())
-def _backward_of_rows(
+@torch.library.custom_op("peft_pte::updates_backward", mutates_args=())
+def _updates_backward(
     grad: Tensor,
-    out: Tensor,
-    norm: Tensor,
     update: Tensor,
     lse: Tensor,
     query: Tensor,
@@ -267,19 +285,16 @@ def _backward_of_rows(
     projected_values: Tensor,
     valid: Tensor | None,
     share: Tensor,
-    gain: float,
     attention: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the old state, of the query by row ``[B, Q, R]``, and of the projected rows ``[B, E, R]``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the query by eviction ``[B N, Q, R]``, and of the projected rows ``[B N, E, R]``."""
     batch, evicted, rank = projected_keys.shape
     queries = query.shape[0]
-    grad_state, grad_query = (out.new_empty(out.shape) for _ in range(2))
-    grad_k, grad_v = (out.new_empty(batch, evicted, rank) for _ in range(2))
+    grad_query = update.new_empty(update.shape)
+    grad_k, grad_v = (update.new_empty(batch, evicted, rank) for _ in range(2))
     mask = None if valid is None else row_of_bytes(valid.contiguous())
-    _backward_kernel[(batch,)](
+    _update_backward_kernel[(batch,)](
         grad.contiguous(),
-        out,
-        norm,
         update,
         lse,
         query.contiguous(),
@@ -287,7 +302,6 @@ def _backward_of_rows(
         projected_values,
         mask,
         share,
-        grad_state,
         grad_query,
         grad_k,
         grad_v,
@@ -295,49 +309,90 @@ def _backward_of_rows(
         queries,
         rank,
         HAS_VALID=mask is not None,
-        **_constants(out, queries, rank, gain, attention),
-        **blocks_for("encode_backward", out.dtype, out.device),
+        **_attention(rank, attention),
+        **_blocks(update.dtype, queries, rank),
+        **blocks_for("encode_backward", update.dtype, update.device),
     )
-    return grad_state, grad_query, grad_k, grad_v
+    return grad_query, grad_k, grad_v
 
 
-@_backward_of_rows.register_fake
-def _(
-    grad: Tensor, out: Tensor, norm: Tensor, update: Tensor, lse: Tensor, query: Tensor, projected: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    narrow = [out.new_empty(projected.shape) for _ in range(2)]
-    return out.new_empty(out.shape), out.new_empty(out.shape), narrow[0], narrow[1]
+@_updates_backward.register_fake
+def _(grad: Tensor, update: Tensor, lse: Tensor, query: Tensor, projected: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return update.new_empty(update.shape), projected.new_empty(projected.shape), projected.new_empty(projected.shape)
 
 
-def _constants(state: Tensor, queries: int, rank: int, gain: float, attention: str) -> dict[str, Any]:
+@torch.library.custom_op("peft_pte::recur_forward", mutates_args=())
+def _recur(state: Tensor, updates: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """``S`` after each eviction ``[B, N, Q, R]``, and the norms its rows were divided by ``[B, N, Q]``."""
+    batch, evictions, queries, rank = updates.shape
+    out, norm = updates.new_empty(updates.shape), updates.new_empty(batch, evictions, queries)
+    _recur_kernel[(batch,)](
+        state.contiguous(),
+        updates.contiguous(),
+        out,
+        norm,
+        evictions,
+        queries,
+        rank,
+        GAIN=gain,
+        **_blocks(state.dtype, queries, rank),
+    )
+    return out, norm
+
+
+@_recur.register_fake
+def _(state: Tensor, updates: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    return updates.new_empty(updates.shape), updates.new_empty(updates.shape[:-1])
+
+
+@torch.library.custom_op("peft_pte::recur_backward", mutates_args=())
+def _recur_backward(grad: Tensor, out: Tensor, norm: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the first state and of the updates."""
+    batch, evictions, queries, rank = out.shape
+    grad_state, grad_update = out.new_empty(batch, queries, rank), out.new_empty(out.shape)
+    _recur_backward_kernel[(batch,)](
+        grad.contiguous(),
+        out,
+        norm,
+        grad_state,
+        grad_update,
+        evictions,
+        queries,
+        rank,
+        GAIN=gain,
+        **_blocks(out.dtype, queries, rank),
+    )
+    return grad_state, grad_update
+
+
+@_recur_backward.register_fake
+def _(grad: Tensor, out: Tensor, norm: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    return out.new_empty(out.shape[0], *out.shape[2:]), out.new_empty(out.shape)
+
+
+def _attention(rank: int, attention: str) -> dict[str, Any]:
+    return {"ROOT": math.sqrt(rank), "SOFTMAX": attention == "softmax", "SLOTS": attention == "slots"}
+
+
+def _blocks(dtype: torch.dtype, queries: int, rank: int) -> dict[str, Any]:
     # Numbers are constants of the compilation: as arguments they would be float32.
-    return {
-        "GAIN": gain,
-        "ROOT": math.sqrt(rank),
-        "SOFTMAX": attention == "softmax",
-        "SLOTS": attention == "slots",
-        "b_Q": block(queries),
-        "b_R": block(rank),
-        "DTYPE": accumulator(state.dtype)[1],
-    }
+    return {"b_Q": block(queries), "b_R": block(rank), "DTYPE": accumulator(dtype)[1]}
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, query, keys, values, key_projection, value_projection, valid, gain, attention = inputs
+def _setup_updates(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, keys, values, key_projection, value_projection, valid, attention = inputs
     ctx.save_for_backward(*output, query, keys, values, key_projection, value_projection, valid)
-    ctx.settings = (gain, attention)
+    ctx.attention = attention
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _grads_of_updates(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (
-        out, norm, update, lse, projected_keys, projected_values, share,
-        query, keys, values, key_projection, value_projection, valid,
+        update, lse, projected_keys, projected_values, share, query, keys, values, key_projection, value_projection, valid,
     ) = ctx.saved_tensors  # fmt: skip
-    rows = (out, norm, update, lse, query, projected_keys, projected_values, valid, share)
-    grad_state, grad_query, grad_k, grad_v = _backward_of_rows(grad, *rows, *ctx.settings)
+    rows = (update, lse, query, projected_keys, projected_values, valid, share)
+    grad_query, grad_k, grad_v = _updates_backward(grad, *rows, ctx.attention)
     return (
-        grad_state,
         grad_query.sum(dim=0),
         torch.matmul(grad_k, key_projection),
         torch.matmul(grad_v, value_projection),
@@ -345,25 +400,38 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
         grad_v.flatten(end_dim=1).mT @ values.flatten(end_dim=1),
         None,
         None,
-        None,
     )
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+def _setup_recur(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output)
+    ctx.gain = inputs[2]
+    ctx.set_materialize_grads(False)
 
 
-def encode_triton(
-    state: Tensor,
+def _grads_of_recur(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_recur_backward(grad, *ctx.saved_tensors, ctx.gain), None)
+
+
+_updates.register_autograd(_grads_of_updates, setup_context=_setup_updates)
+_recur.register_autograd(_grads_of_recur, setup_context=_setup_recur)
+
+
+def updates_triton(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     key_projection: Tensor,
     value_projection: Tensor,
     valid: Tensor | None,
-    gain: float,
     attention: str,
 ) -> Tensor:
-    """``S [B, Q, R]`` after the eviction; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
-    operands = (state, query, keys, values, key_projection, value_projection, valid)
-    result: Tensor = _forward(*operands, gain, attention)[0]
+    """``S' [B N, Q, R]`` of evictions ``[B N, E, D]``; arguments as in :func:`peft_pte.ops.encode.api.encode`."""
+    result: Tensor = _updates(query, keys, values, key_projection, value_projection, valid, attention)[0]
+    return result
+
+
+def recur_triton(state: Tensor, updates: Tensor, gain: float) -> Tensor:
+    """``S [B, N, Q, R]`` after each of the updates ``[B, N, Q, R]``."""
+    result: Tensor = _recur(state, updates, gain)[0]
     return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .shapes import HeadScores, HeadStates, checked
+from ..shapes import HeadScores, HeadStates, checked
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .cache import PTECache
+from ..cache.cache import PTECache
+from ..config import PTEConfig
+from ..host.sites import Site, check_config, default_targets, site_of
+from ..method.encoder import CHILD_NAME, PTEEncoder
+from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
+from ..seam import Seam
 from .checkpoints import check_adapter_state_dict, watch
-from .config import PTEConfig
-from .encoder import CHILD_NAME, PTEEncoder
-from .layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
-from .seam import Seam
-from .sites import Site, check_config, default_targets, site_of
+from .install import install, remove
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
 
@@ -82,7 +83,7 @@ class PTEModel(BaseTuner):
             )
         config: PTEConfig = self.peft_config[adapter_name]
         # Before the first adapted layer stands in the way of the probes.
-        seam = Seam.of(model) or Seam(model)
+        seam = Seam.of(model) or install(model)
         try:
             check_config(model, seam.sites, config)
             PTECache(seam.text_config, config)
@@ -92,7 +93,7 @@ class PTEModel(BaseTuner):
             self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))
         except BaseException:
             if not any(isinstance(module, PTELayer) for module in model.modules()):
-                seam.remove()
+                remove(seam)
             raise
         known = model.model_tags or []
         model.add_model_tags([tag for tag in MODEL_TAGS if tag not in known])
@@ -155,7 +156,7 @@ class PTEModel(BaseTuner):
                 site.attention.add_module(CHILD_NAME, encoder)
             encoder = seam.encoder(index)
             with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
-                encoder.update_layer(adapter_name, config, rank)
+                encoder.update_layer(adapter_name, config, rank, site.evicts)
             encoder.built[adapter_name] = built
             self._set_trainable(encoder, adapter_name, config)
 
@@ -206,7 +207,7 @@ class PTEModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         seam = Seam.of(model)
         if seam is not None:
-            seam.remove()
+            remove(seam)
         return model
 
     @classmethod

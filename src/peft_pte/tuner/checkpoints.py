@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_utils import load_state_dict
 
-from .config import PTEConfig
-from .encoder import CHILD_NAME, PTEEncoder
-from .layer import PTELayer, PTELinear
-from .seam import LOADER_METHOD, Seam
+from ..config import PTEConfig
+from ..host.compat import LOADER_METHOD
+from ..method.encoder import CHILD_NAME, PTEEncoder
+from ..method.layer import PTELayer, PTELinear
+from ..seam import Seam
+from .install import remove
 
 _SHOWN = 3
 _PEFT_PREFIX = "base_model.model."
@@ -102,7 +104,7 @@ class _Before:
 def watch(model: nn.Module, adapter_name: str, prefix: str) -> None:
     """Have what transformers loads into ``adapter_name``, which is about to be injected, checked.
 
-    The instance's ``_load_pretrained_model`` is replaced until it is called, or until :meth:`Seam.remove`.
+    The instance's ``_load_pretrained_model`` is replaced until it is called, or until :func:`peft_pte.tuner.install.remove`.
     """
     layers = [module for module in model.modules() if isinstance(module, PTELayer)]
     before = _Before(
@@ -168,7 +170,7 @@ def _take_back(model: Any, adapter_name: str, before: _Before) -> None:
                 parent, _, child = name.rpartition(".")
                 inner = module.base_layer if isinstance(module, PTELinear) else module.original_module
                 setattr(model.get_submodule(parent), child, inner)
-        Seam.require(model).remove()
+        remove(Seam.require(model))
     elif before.active:
         for module in model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

@@ -7,10 +7,9 @@ decide how. What is hidden in an object or a closure it keeps for good. So a cac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .cache import PTECache
-from .slots import Place
-
-Binding = Callable[[PTECache], AbstractContextManager[None]]
-"""Lends the adapters that run inside it the states of a cache."""
+from ..cache.cache import PTECache
+from ..cache.slots import Place
 
 
 class Parts:
@@ -45,65 +41,24 @@ def filling(tensors: tuple[Tensor, ...]) -> Callable[[Any], Any]:
     return lambda part: tensors[part.index] if isinstance(part, Place) else part
 
 
-def recomputed(segment: Callable[[PTECache], tuple[Any, PTECache]], cache: PTECache) -> tuple[Any, PTECache]:
-    """``segment(cache)``, to be run again in the backward pass; returns the output and what the cache became."""
+def recomputed(
+    function: Callable[[PTECache, dict[str, Any]], tuple[Any, PTECache]], cache: PTECache, inputs: dict[str, Any]
+) -> tuple[Any, PTECache]:
+    """``function(cache, inputs)``, to be run again in the backward pass; returns its output and what the cache became."""
     parts = Parts()
+    leaves, spec = tree_flatten(inputs)
+    places = [parts.take(_without_hook(leaf)) for leaf in leaves]
     form = cache.fork()
     form.map_parts(parts.take)
 
     def run(*tensors: Tensor) -> tuple[Any, PTECache]:
+        fill = filling(tensors)
         start = form.fork()
-        start.map_parts(filling(tensors))
-        return segment(start)
+        start.map_parts(fill)
+        return function(start, tree_unflatten([fill(place) for place in places], spec))
 
     result: tuple[Any, PTECache] = checkpoint(run, *parts.tensors, use_reentrant=False)
     return result
-
-
-@contextmanager
-def layers_recomputed(blocks: list[tuple[int, nn.Module]], cache: PTECache, binding: Binding) -> Iterator[None]:
-    """Within the block, every decoder layer is a checkpoint of its own, its cache and state included.
-
-    Args:
-        blocks: Decoder layers with their indices.
-        cache: What they write to.
-        binding: Bound around a layer whenever it runs again.
-    """
-    before = [(block, block.__dict__.get("forward")) for _, block in blocks]
-    for index, block in blocks:
-        block.forward = partial(_run_layer, block.forward, index, cache, binding)
-    try:
-        yield
-    finally:
-        for block, forward in before:
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _run_layer(
-    forward: Callable[..., Any], index: int, cache: PTECache, binding: Binding, *args: Any, **kwargs: Any
-) -> Any:
-    parts = Parts()
-    leaves, spec = tree_flatten((args, kwargs))
-    form = [_CACHE if leaf is cache else parts.take(_without_hook(leaf)) for leaf in leaves]
-    layer_form = cache.one_layer(index)
-    layer_form.map_parts(parts.take)
-
-    def run(*tensors: Tensor) -> tuple[Any, PTECache]:
-        fill = filling(tensors)
-        alone = layer_form.fork()
-        alone.map_parts(fill)
-        inputs, named = tree_unflatten([alone if part is _CACHE else fill(part) for part in form], spec)
-        with binding(alone):
-            return forward(*inputs, **named), alone
-
-    output, alone = checkpoint(run, *parts.tensors, use_reentrant=False)
-    cache.take_layer(index, alone)
-    return output
-
-
-_CACHE = object()
 
 
 def _without_hook(leaf: Any) -> Any:

@@ -42,7 +42,7 @@ class KeyValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Stands for a tensor in something taken apart (:mod:`peft_pte.recompute`)."""
+    """Stands for a tensor in something taken apart (:mod:`peft_pte.passes.recompute`)."""
 
     index: int
 
@@ -78,6 +78,14 @@ class SlotBuffer:
             block.narrow(2, prompt, kept).copy_(block.narrow(2, prompt + evict, kept).clone())
         self.length -= evict
         return evicted
+
+    def peek(self, start: int, length: int) -> KeyValue:
+        """The ``length`` tokens from ``start``, a view."""
+        return self.block.narrow(start, length)
+
+    def drop(self, start: int, length: int) -> None:
+        """Forget the ``length`` tokens from ``start``."""
+        self.evict_oldest(start, length)
 
     def evict_at(self, prompt: int, evicted: Tensor, kept: Tensor) -> KeyValue:
         """As :meth:`evict_oldest`, for indices ``[B, G, .]`` that count from the end of the prompt."""

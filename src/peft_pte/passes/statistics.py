@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import PTECache
+from ..cache.cache import PTECache
 from .layout import Layout
 
 

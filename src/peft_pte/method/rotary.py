@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.compress import ROTARY_STYLES, rotate
+from ..ops.compress import ROTARY_STYLES, rotate
 
 # One token, at these positions, tells a rotation from none and a right inverse from a wrong one.
 _PROBE_POSITIONS = (0, 7)

@@ -1,11 +1,8 @@
-"""The thought state of a batch: per layer ``S [B, Q, R]``, and what was evicted but not encoded yet.
+"""The thought state of a batch: per layer ``S [B, Q, R]``.
 
-The state belongs to the cache object. A forward pass lends it to the adapters through a thread-local binding, from
-:func:`bind` to the end of its block; nothing is kept in a module.
-
-Encoding is lazy: the eviction of a call is over before its first layer runs, but each layer encodes what it lost when
-its first adapter reads the state. The weights of an encoder are therefore used inside the forward of their own layer,
-which is where sharded training (FSDP, ZeRO-3) has them at hand.
+The state belongs to the cache object. What a layer's adapters read while it runs is lent to them through a thread-local binding, from
+:func:`bind` to the end of its block; nothing is kept in a module. A layer encodes what it evicts inside its own forward, which is
+where sharded training (FSDP, ZeRO-3) has the weights of its encoder at hand.
 """
 
 from __future__ import annotations
@@ -13,15 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Evicted(NamedTuple):
-    """What one layer lost at one eviction."""
+    """What one layer lost, at one eviction or at several that follow each other."""
 
     keys: Tensor
     """``[B, G, E, head_dim]``, as cached."""
@@ -32,10 +29,14 @@ class Evicted(NamedTuple):
     valid: Tensor | None
     """``[B, 1 or G, E]``, False for padding; ``None``: all valid."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Evicted:
-        """Apply ``function``, which acts on the batch axis or on the device, to every tensor."""
-        valid = None if self.valid is None else function(self.valid)
-        return Evicted(function(self.keys), function(self.values), function(self.positions), valid)
+
+class Departing(NamedTuple):
+    """Which tokens leave a window from which all heads lose the same ones."""
+
+    positions: Tensor
+    """``[B, 1, E]``, absolute."""
+    valid: Tensor | None
+    """``[B, 1, E]``, False for padding; ``None``: all valid."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,10 @@ class LayerState:
 
     value: Tensor | None = None
     """``S [B, Q, R]``, or ``None`` before anything read it (it is ``S0`` then)."""
-    pending: tuple[Evicted, ...] = ()
-    """Evictions that no adapter has made the layer encode yet, in order."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """Apply ``function``, which acts on the batch axis or on the device, to every tensor."""
-        return LayerState(
-            value=None if self.value is None else function(self.value),
-            pending=tuple(evicted.map(function) for evicted in self.pending),
-        )
+        return LayerState(None if self.value is None else function(self.value))
 
 
 class ThoughtState:
@@ -60,11 +56,6 @@ class ThoughtState:
 
     def __init__(self, num_layers: int) -> None:
         self.layers: list[LayerState] = [LayerState() for _ in range(num_layers)]
-
-    def add_pending(self, layer_index: int, evicted: Evicted) -> None:
-        """Queue what ``layer_index`` lost; it is encoded when the layer's adapters next read the state."""
-        layer = self.layers[layer_index]
-        self.layers[layer_index] = replace(layer, pending=(*layer.pending, evicted))
 
     def fork(self) -> ThoughtState:
         """An independent state with the same content; no tensor is copied."""
@@ -85,8 +76,6 @@ class ThoughtState:
         for layer in self.layers:
             if layer.value is not None:
                 yield layer.value
-            for evicted in layer.pending:
-                yield from (part for part in evicted if part is not None)
 
     def norm(self) -> Tensor | None:
         """Mean L2 norm of the rows of ``S`` over layers and sequences, a 0-d tensor; ``None`` before any ``S``."""
@@ -106,36 +95,31 @@ class Reading(NamedTuple):
     """Sequences ``B``."""
     tokens: int
     """Tokens ``T`` per sequence; each state is read by ``T / N`` of them."""
-
-
-class StateReader(Protocol):
-    """What lends the adapters of one forward pass their states."""
-
-    def __call__(self, layer_index: int) -> Reading:
-        """The states of a layer."""
+    adapter: str
+    """Whose states these are; a layer that runs again in the backward pass has to be the one that it was."""
 
 
 @contextmanager
-def bind(reader: StateReader) -> Iterator[None]:
-    """Within the block, on this thread, adapters read their states from ``reader``."""
-    previous = getattr(_bound, "reader", None)
-    _bound.reader = reader
+def bind(reading: Reading | None) -> Iterator[None]:
+    """Within the block, on this thread, adapters read ``reading``; ``None``: the layer that runs has none."""
+    previous = getattr(_bound, "reading", None)
+    _bound.reading = reading
     try:
         yield
     finally:
-        _bound.reader = previous
+        _bound.reading = previous
 
 
-def read_state(layer_index: int) -> Reading:
-    """What the adapters of ``layer_index`` read in the pass on this thread.
+def read_state() -> Reading:
+    """What the adapters of the layer read that runs on this thread.
 
     Raises:
-        RuntimeError: No forward pass of an adapted model runs on this thread.
+        RuntimeError: No decoder layer of an adapted model runs on this thread.
     """
-    reader: StateReader | None = getattr(_bound, "reader", None)
-    if reader is None:
+    reading: Reading | None = getattr(_bound, "reading", None)
+    if reading is None:
         raise RuntimeError(
             "An adapted layer ran outside its model's forward pass, so there is no thought state for it to read. Call "
             "the model (or its backbone) instead of one of its layers."
         )
-    return reader(layer_index)
+    return reading

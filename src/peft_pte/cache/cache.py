@@ -12,20 +12,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
-from .boundary import OpenPrompt, PromptEnds
-from .config import PTEConfig
+from ..config import PTEConfig
+from ..method.state import ThoughtState
 from .eviction import make_policy
 from .slots import Place, SlotTable
-from .state import ThoughtState
 from .thought_layer import ThoughtLayer
+
+
+class RowTensors(Protocol):
+    """What is kept of the rows, in tensors whose first axis they are."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowTensors:
+        """The same with ``function`` applied to every tensor."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors."""
 
 
 class PTECache(Cache):
@@ -45,12 +60,16 @@ class PTECache(Cache):
         evictions: Evictions so far.
         padding: Columns seen so far that were padding, ``[B]``; ``None``: no mask was given.
         ragged: Whether some sequences ended before others: nothing can be added to those.
+        interrupted: Whether a call that wrote to it did not come to its end: its layers hold different tokens.
         adapter: Name of the adapter whose states these are, once one used the cache.
+        running: The pass that writes to it (:class:`peft_pte.passes.block.Pass`), while one runs.
         state: The thought state of the sequences.
 
     Raises:
         NotImplementedError: The model has layers whose memory the window cannot bound, or none that grows.
     """
+
+    step_prepared = False
 
     def __init__(self, model_config: PreTrainedConfig, pte_config: PTEConfig) -> None:
         layers: list[Any] = list(DynamicCache(config=model_config).layers)
@@ -71,12 +90,12 @@ class PTECache(Cache):
         self.evictions = 0
         self.prompt_length: int | None = None
         self.prompt_ends: Tensor | None = None
-        self.open_prompt: OpenPrompt | None = None
+        self.open_prompt: RowTensors | None = None
         self.prompt_mask: Tensor | None = None
         self.padding: Tensor | None = None
         self.ragged = False
-        # Validity ``[B, 1, m]`` of what was evicted and can still be seen.
-        self._departing: tuple[Tensor, ...] = ()
+        self.interrupted = False
+        self.running: Any = None
 
     def __repr__(self) -> str:
         return (
@@ -85,14 +104,20 @@ class PTECache(Cache):
         )
 
     @property
+    def continuable(self) -> bool:
+        """Whether every layer can go on from what it holds with gradients: a recurrent state is overwritten in place."""
+        return not any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Tokens seen, evicted ones and padding included; all layers saw the same."""
+        if layer_idx is None:
+            layer_idx = next((index for index, _ in self.thought_layers), 0)
+        return super().get_seq_length(layer_idx)
+
+    @property
     def thought_layers(self) -> list[tuple[int, ThoughtLayer]]:
         """The bounded layers, with their indices."""
         return [(index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, ThoughtLayer)]
-
-    @property
-    def missing_prompt(self) -> int:
-        """Columns of the prompt that were not written yet."""
-        return max((self.prompt_length or 0) - self.get_seq_length(), 0)
 
     @property
     def holds_thoughts(self) -> bool:
@@ -145,86 +170,6 @@ class PTECache(Cache):
             shared = shared or SlotTable.empty(batch, 1, layer.window, self.prompt_mask is not None, device)
             layer.begin(self.prompt_length, shared)
 
-    def note_prompt_ends(self, ends: PromptEnds, seen: int, columns: int) -> None:
-        """Keep where prompts end, and what the rule must know to go on where they do not.
-
-        Args:
-            ends: Of the columns that came last.
-            seen: Columns before those.
-            columns: How many they are.
-        """
-        first = torch.full_like(ends.unseen, columns, dtype=torch.long) if ends.first is None else ends.first
-        before = self.open_prompt
-        known = self.prompt_ends if before is not None else None
-        self.prompt_ends = (
-            seen + first if known is None or before is None else torch.where(before.rows, seen + first, known)
-        )
-        self.open_prompt = ends.open if ends.open is not None and bool(ends.open.rows.any()) else None
-
-    def record(self, positions: Tensor, valid: Tensor | None) -> None:
-        """Note which thoughts are about to be written: ``positions [B, T]``, ``valid [B, T]`` or ``None``."""
-        if valid is not None:
-            new_padding = (~valid).sum(dim=1)
-            self.padding = new_padding if self.padding is None else self.padding + new_padding
-        extended: dict[int, SlotTable] = {}
-        for _, layer in self.thought_layers:
-            table = layer.table
-            if id(table) not in extended:
-                extended[id(table)] = table.append(positions, valid)
-            layer.hold(extended[id(table)])
-
-    def evict(self, encoded_layers: Collection[int], times: int = 1) -> None:
-        """Let ``m`` thoughts leave every layer, ``times`` times over; queue those of ``encoded_layers`` for encoding.
-
-        What leaves after the first time can be seen until :meth:`settle`.
-        """
-        tables: dict[int, SlotTable] = {}
-        for index, layer in self.thought_layers:
-            before = layer.table
-            evicted = layer.evict(self.policy, self.tokens_per_eviction, times)
-            if self.policy.uniform:
-                # One table serves all layers, as long as they all lose the same tokens.
-                layer.hold(tables.setdefault(id(before), layer.table))
-            if index in encoded_layers:
-                for part in evicted:
-                    self.state.add_pending(index, part)
-            self._departing = tuple(part.valid for part in evicted[1:] if part.valid is not None)
-        self.evictions += times
-
-    def settle(self) -> None:
-        """Drop what was evicted and kept for the tokens of this pass."""
-        self._departing = ()
-        for _, layer in self.thought_layers:
-            layer.settle()
-
-    def slot_mask(self, valid: Tensor | None, length: int) -> Tensor | None:
-        """The 2D mask ``[B, slots + T]`` of the full-attention layers, in slot order, before ``T`` tokens are written.
-
-        ``None`` where nothing is padding. Where heads hold different tokens, kept thoughts count as real: a sequence
-        has padding among its thoughts only after its end, where nothing real looks back on it.
-
-        Args:
-            valid: ``[B, T]``, False for padding; ``None``: no padding.
-            length: ``T``.
-        """
-        _, layer = self.thought_layers[0]
-        table = layer.table
-        uniform = table.positions.shape[1] == 1
-        valid_thoughts = table.used()[1]
-        kept = valid_thoughts[:, 0] if uniform and valid_thoughts is not None else None
-        parts: list[tuple[Tensor | None, int]] = [(valid, length)]
-        if layer.slots:
-            written = min(layer.slots, layer.prompt)
-            prompt_mask = None if self.prompt_mask is None else self.prompt_mask[:, :written]
-            departing = torch.cat(self._departing, dim=2)[:, 0] if self._departing else None
-            parts = [(prompt_mask, written), (departing, layer.departing), (kept, table.count), *parts]
-        if all(mask is None for mask, _ in parts):
-            return None
-        batch = table.positions.shape[0]
-        return torch.cat(
-            [_mask_or_ones(mask, batch, columns, table.positions.device) for mask, columns in parts], dim=1
-        )
-
     def make_functional(self) -> None:
         """From now on nothing held is overwritten, so that gradients flow through it (memory then grows with the graph)."""
         for _, layer in self.thought_layers:
@@ -240,14 +185,10 @@ class PTECache(Cache):
         """Whether nothing held is overwritten."""
         return all(layer.functional for _, layer in self.thought_layers)
 
-    def detach_keys_and_values(self) -> None:
-        """Cut the graph at the keys and values held; the states keep theirs."""
-        self._map_layers(torch.Tensor.detach, lambda layer: _map_own(layer, torch.Tensor.detach))
-
     def fork(self) -> PTECache:
         """An independent cache with the same content; no tensor is copied, so only one may write to buffers."""
         other = copy.copy(self)
-        other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else copy.copy(layer) for layer in self.layers]
+        other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else _fork_own(layer) for layer in self.layers]
         other.state = self.state.fork()
         return other
 
@@ -257,10 +198,13 @@ class PTECache(Cache):
         layer = self.layers[index]
         layers: list[Any] = [_NoLayer()] * len(self.layers)
         other.layers = layers
-        other.layers[index] = layer.fork(with_table=False) if isinstance(layer, ThoughtLayer) else copy.copy(layer)
+        other.layers[index] = (
+            layer.fork(with_table=not self.policy.uniform) if isinstance(layer, ThoughtLayer) else _fork_own(layer)
+        )
         other.state = ThoughtState(len(self.layers))
         other.state.layers[index] = self.state.layers[index]
-        other.prompt_mask = other.padding = other.prompt_ends = other.open_prompt = None
+        # Nor the pass, which may keep this one: a circle would hold its masks until the garbage collector comes by.
+        other.prompt_mask = other.padding = other.prompt_ends = other.open_prompt = other.running = None
         return other
 
     def take_layer(self, index: int, other: PTECache) -> None:
@@ -280,17 +224,13 @@ class PTECache(Cache):
         """Become what ``other``, a fork of this cache, became."""
         self.__dict__.update(other.__dict__)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where queries start: in slots for the bounded layers."""
-        layer = self.layers[layer_idx]
-        return layer.slots if isinstance(layer, ThoughtLayer) else super().get_query_offset(layer_idx)
-
     def reset(self) -> None:
         """Forget everything; the next call starts with a prompt."""
         super().reset()
         self.state.reset()
         self.evictions, self.prompt_length, self.prompt_ends, self.open_prompt = 0, None, None, None
         self.prompt_mask, self.padding, self.adapter, self.ragged = None, None, None, False
+        self.interrupted = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` thoughts back.
@@ -424,26 +364,42 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
 
 def _own_tensors(layer: Any) -> list[Tensor]:
     """Every tensor of a layer that is the model's own."""
-    return [part for part in vars(layer).values() if isinstance(part, Tensor)]
+    parts = [entry for part in vars(layer).values() for entry in (part.values() if isinstance(part, dict) else (part,))]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _fork_own(layer: Any) -> Any:
+    """A layer of the model's own with the same content; tables are its own, tensors are shared."""
+    other = copy.copy(layer)
+    for name, part in vars(layer).items():
+        if isinstance(part, dict):
+            setattr(other, name, dict(part))
+    return other
 
 
 def _map_own(layer: Any, function: Callable[[Any], Any]) -> None:
     for name, part in vars(layer).items():
         if isinstance(part, (Tensor, Place)):
             setattr(layer, name, function(part))
+        elif isinstance(part, dict):
+            # Layers of linear attention keep their states by number.
+            held = {
+                key: function(value) if isinstance(value, (Tensor, Place)) else value for key, value in part.items()
+            }
+            setattr(layer, name, held)
 
 
 def _mask_or_ones(mask: Tensor | None, batch: int, columns: int, device: torch.device) -> Tensor:
     return torch.ones(batch, columns, dtype=torch.bool, device=device) if mask is None else mask.bool()
 
 
-def _bounded(layer: CacheLayerMixin, index: int, window: int) -> CacheLayerMixin:
+def _bounded(layer: Any, index: int, window: int) -> Any:
     if type(layer) is DynamicLayer:
         return ThoughtLayer(window)
-    if type(layer) is DynamicSlidingWindowLayer:
+    if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
         return layer
     raise NotImplementedError(
         f"`cache_window` cannot bound a model whose layer {index} keeps a {type(layer).__name__}: full attention gets the "
-        "window and sliding attention keeps its own, anything else would have to be replayed in segments too. Use "
-        "PTEConfig(cache_window=None), or a model of full and sliding attention."
+        "window, sliding and linear attention keep what they keep. Use a model of such layers, or "
+        "PTEConfig(cache_window=None)."
     )

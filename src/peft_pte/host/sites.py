@@ -10,14 +10,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .config import PTEConfig
-from .layer import is_linear
-from .rotary import Rotation, find_rotation, has_numbers, probe
+from ..config import PTEConfig
+from ..method.layer import is_linear
+from ..method.rotary import Rotation, find_rotation, has_numbers, probe
 
-# Models whose backbone takes one prepared mask per layer type, which sliding and bounded layers side by side need.
-_MASK_PER_LAYER_TYPE = ("gemma2", "gemma3_text")
 # Classes of linear layers that choose experts instead of computing features.
 _ROUTERS = ("Router", "TopK", "Gate")
 # Rotations that depend on the length of the call: a rollout and its replay would rotate differently.
@@ -38,6 +36,8 @@ class Site:
     """``D``, flattened KV width."""
     rotation: Rotation | None
     rotation_error: NotImplementedError | None
+    evicts: bool
+    """Whether the window bounds it: sliding and linear attention keep what they keep, and lose nothing to a state."""
 
 
 def find_sites(model: PreTrainedModel) -> dict[int, Site]:
@@ -49,6 +49,7 @@ def find_sites(model: PreTrainedModel) -> dict[int, Site]:
     config = model.config.get_text_config(decoder=True)
     _refuse_architecture(model, config)
     layer_types = getattr(config, "layer_types", None)
+    kept = DynamicCache(config=config).layers
     sites: dict[int, Site] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -61,28 +62,30 @@ def find_sites(model: PreTrainedModel) -> dict[int, Site]:
                 "one attention layer per decoder layer."
             )
         layer_type = layer_types[index] if layer_types else None
+        evicts = type(kept[index]) is DynamicLayer if index < len(kept) else True
         backbone = find_backbone(model, name)
-        rotation, error = None, None
-        try:
-            rotation = find_rotation(module, backbone, layer_type)
-        except NotImplementedError as raised:
-            error = raised
-        sites[index] = Site(
-            index,
-            name.rpartition(".")[0],
-            name,
-            module,
-            layer_type,
-            _kv_width(module, backbone, rotation),
-            rotation,
-            error,
-        )
+        rotation, error, width = None, None, 0
+        if evicts:
+            try:
+                rotation = find_rotation(module, backbone, layer_type)
+            except NotImplementedError as raised:
+                error = raised
+            width = _kv_width(module, backbone, rotation)
+        block = name.rpartition(".")[0]
+        sites[index] = Site(index, block, name, module, layer_type, width, rotation, error, evicts)
     if not sites:
         raise NotImplementedError(
             f"{type(model).__name__} has no attention layer that keeps keys and values (`layer_idx` on a class named "
             "...Attention). PTE supports transformers' decoder-only causal LMs."
         )
-    return sites
+    layers, _, _ = next(iter(sites.values())).block.rpartition(".")
+    for number, layer in model.get_submodule(layers).named_children():
+        index = int(number) if number.isdecimal() else -1
+        if index >= 0 and index not in sites:
+            # Linear attention, convolution: no keys and values, so nothing that could be evicted.
+            name, layer_type = f"{layers}.{number}", layer_types[index] if layer_types else None
+            sites[index] = Site(index, name, name, layer, layer_type, 0, None, None, False)
+    return dict(sorted(sites.items()))
 
 
 def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConfig) -> None:
@@ -119,12 +122,6 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
                 "call, so a rollout and its replay would differ. Use a model with another rope_type, or "
                 "PTEConfig(cache_window=None)."
             )
-    kinds = {layer.is_sliding for layer in DynamicCache(config=text_config).layers if hasattr(layer, "is_sliding")}
-    if len(kinds) > 1 and text_config.model_type not in _MASK_PER_LAYER_TYPE:
-        raise NotImplementedError(
-            f"`cache_window` cannot bound {text_config.model_type}: it mixes full and sliding attention, which is "
-            f"supported for {', '.join(_MASK_PER_LAYER_TYPE)}. Use PTEConfig(cache_window=None)."
-        )
 
 
 def default_targets(model: nn.Module, sites: dict[int, Site]) -> set[str]:

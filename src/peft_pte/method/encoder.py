@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import BuiltAdapter, PTEConfig
+from ..config import BuiltAdapter, PTEConfig
+from ..ops import encode
+from ..shapes import InitialState, checked
 from .layer import PTELayer, float_dtype, weight_of
-from .ops import encode
 from .rotary import Rotation
-from .shapes import InitialState, checked
 from .state import Evicted
 
 CHILD_NAME = "thought_encoder"
@@ -84,19 +84,23 @@ class PTEEncoder(nn.Module, PTELayer):
         """Whether this layer has the adapter."""
         return adapter_name in self.settings
 
-    def update_layer(self, adapter_name: str, config: PTEConfig, rank: int) -> None:
-        """Add (or replace) the encoder of ``adapter_name`` with states of ``rank`` columns."""
+    def update_layer(self, adapter_name: str, config: PTEConfig, rank: int, evicts: bool = True) -> None:
+        """Add (or replace) the encoder of ``adapter_name`` with states of ``rank`` columns.
+
+        A layer that never ``evicts`` has no state to learn: its adapters read the identity, plain low rank.
+        """
+        state_update = config.state_update if evicts else "off"
         self.settings[adapter_name] = EncoderSettings(
             rank=rank,
             num_queries=config.num_queries,
             empty_start=config.num_global_tokens == 0,
-            state_update=config.state_update,
+            state_update=state_update,
             attention=config.encoder_attention,
             gain=config.update_gain,
             rotation_removed=config.key_rotation == "removed",
             impl=config.impl,
         )
-        if config.state_update == "off":
+        if state_update == "off":
             return
         self.pte_global_tokens[adapter_name] = GlobalTokens(config.num_queries, self.width)
         for projection in (self.pte_query, self.pte_key, self.pte_value):
@@ -129,15 +133,15 @@ class PTEEncoder(nn.Module, PTELayer):
             return torch.eye(settings.num_queries, settings.rank, dtype=float_dtype(weight), device=weight.device)
         tokens = weight_of(self.pte_global_tokens[adapter_name])
         empty = tokens.new_zeros(1, settings.num_queries, settings.rank, dtype=float_dtype(tokens))
-        start = self._encode(adapter_name, empty, tokens[None], tokens[None], None)[0]
+        start = self._encode(adapter_name, empty, tokens[None, None], tokens[None, None], None)[0, 0]
         # Times zero rather than zeros, so that DDP finds every weight in the graph of a call without an eviction.
         return start * 0.0 if settings.empty_start else start
 
-    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted) -> Tensor:
-        """``S [B, Q, R]`` after an eviction; the state itself where it is not updated."""
+    def forward(self, adapter_name: str, state: Tensor, evicted: Evicted, times: int = 1) -> Tensor:
+        """``[B, N, Q, R]``: what ``S [B, Q, R]`` is after each of ``N = times`` evictions; itself where it is not updated."""
         settings = self.settings[adapter_name]
         if settings.state_update != "progressive":
-            return state
+            return state[:, None].expand(-1, times, -1, -1)
         keys, values = evicted.keys.to(state.dtype), evicted.values.to(state.dtype)
         if keys.shape[1] * keys.shape[3] != self.width or keys.shape != values.shape:
             raise NotImplementedError(
@@ -153,7 +157,7 @@ class PTEEncoder(nn.Module, PTELayer):
             mask = evicted.valid.to(keys.device)
             keys, values = torch.where(mask[..., None], keys, 0.0), torch.where(mask[..., None], values, 0.0)
             valid = mask.any(dim=1)
-        return self._encode(adapter_name, state, _flatten_heads(keys), _flatten_heads(values), valid)
+        return self._encode(adapter_name, state, _rows(keys, times), _rows(values, times), _split(valid, times))
 
     def applied_rotation(self, adapter_name: str) -> Rotation | None:
         """The rotation that is undone before keys are read; ``None`` where they are read as cached."""
@@ -185,6 +189,11 @@ class PTEEncoder(nn.Module, PTELayer):
         )
 
 
-def _flatten_heads(heads: Tensor) -> Tensor:
-    """``[B, G, E, head_dim] -> [B, E, D]``."""
-    return heads.transpose(1, 2).flatten(start_dim=2)
+def _rows(heads: Tensor, times: int) -> Tensor:
+    """``[B, G, N E, head_dim] -> [B, N, E, D]``."""
+    return heads.transpose(1, 2).flatten(start_dim=2).unflatten(1, (times, -1))
+
+
+def _split(valid: Tensor | None, times: int) -> Tensor | None:
+    """``[B, N E] -> [B, N, E]``."""
+    return None if valid is None else valid.unflatten(1, (times, -1))

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..method.state import Departing, Evicted
 from .eviction import EvictionPolicy
 from .slots import KeyValue, SlotBuffer, SlotChunks, SlotTable
-from .state import Evicted
 
 
 class ThoughtLayer(CacheLayerMixin):
@@ -136,40 +136,49 @@ class ThoughtLayer(CacheLayerMixin):
             self._store = SlotBuffer(held, self.prompt + self.window)
             self._store.append(held)
 
-    def evict(self, policy: EvictionPolicy, evict: int, times: int = 1) -> tuple[Evicted, ...]:
-        """Let ``evict`` thoughts leave, as ``policy`` says, ``times`` times over.
+    def record(self, positions: Tensor, valid: Tensor | None) -> None:
+        """Note which thoughts are about to be written: ``positions [B, T]``, ``valid [B, T]`` or ``None``."""
+        self._table = self.table.append(positions, valid)
+
+    def evict(self, policy: EvictionPolicy, step: int, times: int, departing: Departing | None) -> Evicted:
+        """Let ``step`` thoughts leave, ``times`` times over; returns all of them, in order.
 
         What leaves after the first time stays in its slots until :meth:`settle`, for the tokens that may still see it.
+
+        Args:
+            policy: What leaves.
+            step: ``m``.
+            times: Evictions ``N``.
+            departing: Which tokens those are, where all heads lose the same ones.
 
         Raises:
             RuntimeError: ``times`` is more than one where slots are written in place or heads choose for themselves.
         """
-        if times > 1 and not (policy.uniform and isinstance(self._store, SlotChunks)):
-            raise RuntimeError("Several evictions in one pass need the oldest thoughts to leave a functional cache.")
-        if policy.uniform:
-            positions, valid, self._table = self.table.evict_oldest(evict * times)
-            first = self.store.evict_oldest(self.prompt, evict)
-            self.departing = evict * (times - 1)
-            evicted = [first]
-            if isinstance(self._store, SlotChunks):
-                evicted += [self._store.peek(self.prompt + start, evict) for start in range(0, self.departing, evict)]
-            return tuple(
-                Evicted(
-                    *part, positions.narrow(2, start, evict), None if valid is None else valid.narrow(2, start, evict)
+        if departing is not None:
+            if times > 1 and isinstance(self._store, SlotBuffer):
+                raise RuntimeError(
+                    "Several evictions at once need a store that grows: slots are written in place here."
                 )
-                for start, part in zip(range(0, evict * times, evict), evicted, strict=True)
+            evicted = (
+                self.store.evict_oldest(self.prompt, step) if times == 1 else self.store.peek(self.prompt, step * times)
             )
+            if times > 1:
+                self.store.drop(self.prompt, step)
+                self.departing = step * (times - 1)
+            return Evicted(*evicted, *departing)
+        if times > 1:
+            raise RuntimeError("A policy that looks at keys evicts once at a time.")
         keys = self.store.view().keys[:, :, self.prompt :]
         table = self.table.map(lambda part: part.expand(-1, keys.shape[1], -1).to(keys.device))
-        leave, stay = policy.select(keys, table.used()[1], evict)
+        leave, stay = policy.select(keys, table.used()[1], step)
         positions, valid, self._table = table.evict_at(leave, stay)
         dropped = self.store.evict_at(self.prompt, leave, stay)
-        return (Evicted(dropped.keys, dropped.values, positions, valid),)
+        return Evicted(dropped.keys, dropped.values, positions, valid)
 
     def settle(self) -> None:
-        """Drop what was evicted and kept for the tokens of this pass."""
-        if self.departing and isinstance(self._store, SlotChunks):
-            self._store.drop(self.prompt, self.departing)
+        """Drop what was evicted and kept for the tokens of this chunk."""
+        if self.departing:
+            self.store.drop(self.prompt, self.departing)
         self.departing = 0
 
     def fork(self, with_table: bool = True) -> ThoughtLayer:
@@ -184,6 +193,8 @@ class ThoughtLayer(CacheLayerMixin):
     def take(self, other: ThoughtLayer) -> None:
         """Hold what ``other``, a fork of this layer, was written."""
         self._store, self.seen = other._store, other.seen
+        if other._table is not None:
+            self._table = other._table
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on the batch axis or on the device, to keys and values, in place."""
@@ -191,8 +202,8 @@ class ThoughtLayer(CacheLayerMixin):
             self._store.map(function)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots in use after ``query_length`` more, and the first of them, 0."""
-        return self.slots + query_length, 0
+        """One slot: the masks of bounded layers are made chunk by chunk, and what the host makes for them is not used."""
+        return 1, 0
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones and padding included."""

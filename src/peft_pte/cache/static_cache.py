@@ -7,17 +7,17 @@ steps into tensors that stay where they are; a step only reads them, whatever wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..config import PTEConfig
+from ..method.state import Evicted, LayerState, Reading
 from .cache import PTECache, held_bytes
-from .config import PTEConfig
 from .slots import KeyValue
-from .state import Evicted, LayerState
 from .thought_layer import ThoughtLayer
 
 # Slots are allocated in multiples of this, so that prompts of about the same length share compiled code.
@@ -90,6 +90,10 @@ class StaticThoughtLayer(ThoughtLayer):
             block.narrow(2, start, part.shape[2]).copy_(part)
         view = self.block.narrow(0, self.seen)
         return view.keys, view.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots in use after ``query_length`` more, and the first of them, 0."""
+        return self.slots + query_length, 0
 
     def get_seq_length(self) -> Any:
         """Tokens seen, evicted ones and padding included; a tensor where a tracer asks."""
@@ -289,14 +293,6 @@ class StaticPTECache(PTECache):
             write_slot.fill_(prompt + slot)
             seen.fill_(self._layers[0].seen)
 
-    def evict(self, encoded_layers: Collection[int], times: int = 1) -> None:
-        """Refuse: what leaves is encoded at once (:mod:`peft_pte.decode`), nothing waits for its layer.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError("A static cache evicts as it decodes: call the adapted model.")
-
     def evicted(self, index: int, leaving: Leaving) -> Evicted:
         """What leaves one layer, a copy."""
         block = self._layers[index].block
@@ -332,11 +328,14 @@ class StaticPTECache(PTECache):
         self.held -= self.tokens_per_eviction
         self.evictions += 1
 
-    def slot_mask(self, valid: Tensor | None, length: int) -> Tensor | None:
-        """The 2D mask ``[B, C]`` over all slots once thoughts are written, as :meth:`PTECache.slot_mask` before."""
-        if self.written == 0:
-            return super().slot_mask(valid, length)
-        return self.slot_valid
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where queries start, in slots."""
+        return self._layers[layer_idx].slots
+
+    def reading(self, index: int) -> Reading | None:
+        """What the adapters of a layer read in a step; ``None``: it has none."""
+        state = self.read_states.get(index)
+        return None if state is None else Reading(state, self.batch, 1, self.adapter or "")
 
     def publish(self, index: int, value: Tensor, dtype: torch.dtype) -> None:
         """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read, at the addresses of before."""

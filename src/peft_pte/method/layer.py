@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import PTEConfig
-from .ops import delta, delta_group_, resolve_impl
+from ..config import PTEConfig
+from ..ops import delta, delta_group_, resolve_impl
 from .state import read_state
 
 MERGE_REFUSED = (
@@ -171,8 +171,11 @@ class PTELinear(nn.Module, PTELayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, T, in] -> [B, T, out]``; the base layer alone while no adapter is in use."""
         result = self.base_layer(x, *args, **kwargs)
-        adapter = self.current_adapter()
-        if adapter is None:
+        if self.current_adapter() is None:
+            return result
+        # That of the pass: a checkpoint may run this again after another adapter was made the active one.
+        adapter = read_state().adapter
+        if not self.holds(adapter):
             return result
         if not isinstance(result, Tensor):
             raise NotImplementedError(
@@ -192,7 +195,7 @@ class PTELinear(nn.Module, PTELayer):
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
         """The input as ``[B * N, T / N, in]`` and the states that its rows read: ``[.., Q, R]``, or ``[.., R, Q]`` by key."""
-        state, rows, tokens = read_state(self.layer_index)
+        state, rows, tokens, _ = read_state()
         # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
         flat = x.ndim == 2 and x.shape[0] == rows * tokens and ".experts." not in self.name
         if not flat and (x.ndim != 3 or x.shape[0] != rows):

@@ -8,30 +8,17 @@ waits for no device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
-from .cache import check_cache
+from ..cache.cache import check_cache
+from ..cache.static_cache import Leaving, StaticPTECache
+from ..ops import compress_
+from ..seam import Seam
 from .layout import Layout
-from .ops import compress_
-from .state import Reading, bind
-from .static_cache import Leaving, StaticPTECache
-
-if TYPE_CHECKING:
-    from .seam import Seam
-
-
-class StaticReader:
-    """Gives each layer's adapters the states that were published."""
-
-    def __init__(self, cache: StaticPTECache) -> None:
-        self.states, self.batch = cache.read_states, cache.batch
-
-    def __call__(self, layer_index: int) -> Reading:
-        """The states of a layer."""
-        return Reading(self.states[layer_index], self.batch, 1)
 
 
 def announce(seam: Seam, adapter: str, cache: StaticPTECache, positions: Tensor, valid: Tensor | None) -> None:
@@ -63,7 +50,8 @@ def _evict(seam: Seam, adapter: str, cache: StaticPTECache) -> None:
         if not _compress(seam, adapter, cache, leaving, tuple(indices)):
             for index in indices:
                 value = cache.value_of(index)
-                cache.publish(index, seam.encoder(index)(adapter, value, cache.evicted(index, leaving)), value.dtype)
+                after = seam.encoder(index)(adapter, value, cache.evicted(index, leaving))[:, -1]
+                cache.publish(index, after, value.dtype)
     cache.release(leaving)
 
 
@@ -143,10 +131,20 @@ def prepare(
     announce(seam, adapter, cache, positions, valid)
     cache.step_prepared = True
     seam.observe(cache, Layout(1, 1), evicted=cache.evictions > evictions)
-    return seam.attention_mask(cache, positions, valid, None, evictions=0, prepared=True)
+    return step_mask(seam, cache, positions)
 
 
-def step(seam: Seam, cache: StaticPTECache, *args: Any, **kwargs: Any) -> Any:
+def step_mask(seam: Seam, cache: StaticPTECache, positions: Tensor) -> Any:
+    """The mask over all slots, in the form the attention takes, for thoughts at ``positions [B, 1]``."""
+    return create_causal_mask(
+        config=seam.text_config,
+        inputs_embeds=torch.empty(*positions.shape, 0, dtype=seam.model.dtype, device=positions.device),
+        attention_mask=cache.slot_valid,
+        past_key_values=cache,
+        position_ids=positions,
+    )
+
+
+def step(seam: Seam, *args: Any, **kwargs: Any) -> Any:
     """The backbone's forward after :func:`announce`; traced as it stands."""
-    with bind(StaticReader(cache)):
-        return seam.inner(*args, **kwargs)
+    return seam.inner(*args, **kwargs)

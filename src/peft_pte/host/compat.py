@@ -1,0 +1,45 @@
+"""What is known of transformers (and of accelerate) beyond the documented surface, each with the versions it was read in.
+
+No other file touches a private name of transformers; :func:`check` says which of them are gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationMixin, PreTrainedModel
+
+# What decoder layers call the cache they are given (5.17 to 5.23).
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+# Inputs of a decoder layer with a token axis, and which one it is (5.17 to 5.23).
+PER_TOKEN = {"hidden_states": 1, "position_ids": -1, "position_embeddings": -2, "cache_position": 0}
+
+# Where accelerate keeps the forward that its hook calls, and gives back when the hook goes (accelerate 1.15).
+HOOKED_FORWARD = "_old_forward"
+
+# Where `generate` makes its cache (5.17 to 5.23), and its masks, outside of what it compiles.
+CACHE_METHOD = "_prepare_cache_for_generation"
+MASKS_METHOD = "create_masks_for_generate"
+
+# What an adapter's weights are loaded with by transformers itself (5.23); :mod:`peft_pte.tuner.checkpoints` watches it on the instance.
+LOADER_METHOD = "_load_pretrained_model"
+
+
+def attention_of(config: Any) -> str:
+    """Which attention a model runs, ``"eager"``, ``"sdpa"``, ... (`_attn_implementation`, 5.17 to 5.23)."""
+    return str(config._attn_implementation)
+
+
+def check() -> None:
+    """See that every name is still there.
+
+    Raises:
+        NotImplementedError: One is gone.
+    """
+    for owner, name in ((GenerationMixin, CACHE_METHOD), (PreTrainedModel, LOADER_METHOD)):
+        if not hasattr(owner, name):
+            raise NotImplementedError(
+                f"{owner.__name__} of this transformers version has no `{name}`. Install a version that peft-pte is tested with "
+                "(constraints.txt)."
+            )

@@ -1,0 +1,1 @@
+"""What is computed: the thought state, who writes it, who reads it."""

@@ -1,0 +1,1 @@
+"""How a call runs: where prompts end, rows side by side, chunks, one layer's work."""

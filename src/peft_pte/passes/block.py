@@ -1,0 +1,270 @@
+"""What one decoder layer does with the tokens of a pass, chunk by chunk: evict, encode, attend, write.
+
+The forward of every decoder layer is wrapped where the adapter is injected. The backbone runs once per pass, as its host wrote
+it; the wrapper takes all tokens of the pass and gives them to the layer's own forward in the chunks of the plan, each with the
+state, the mask and the keys and values that belong to it. Decoding is the pass of one token.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.cache import PTECache
+from ..cache.thought_layer import ThoughtLayer
+from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, PER_TOKEN
+from ..method.encoder import PTEEncoder
+from ..method.state import Departing, LayerState, Reading, bind
+from .plan import Chunk
+from .recompute import recomputed
+
+
+@dataclass
+class Pass:
+    """One run of the backbone over some columns of a call."""
+
+    adapter: str
+    encoders: dict[int, PTEEncoder]
+    """By layer; those that hold the adapter."""
+    rows: int
+    chunks: tuple[Chunk, ...]
+    masks: list[Any]
+    """Of each chunk, over the slots it sees."""
+    departing: list[Departing | None]
+    """Of each chunk, which tokens leave; ``None``: none, or each head chooses for itself."""
+    positions: Tensor
+    """``[B, columns]``, absolute."""
+    valid: Tensor | None
+    """``[B, columns]``, False for padding; ``None``: no padding."""
+    detach: bool
+    """Whether keys and values are detached at every eviction."""
+    recompute: bool
+    """Whether a layer's chunk is a checkpoint of its own."""
+    functional: bool
+    """Whether nothing held is overwritten."""
+    again: bool
+    """Whether a layer may run a second time after the pass, under a checkpoint that others put around it."""
+    starts: dict[int, PTECache] = field(default_factory=dict)
+    """What layers held when they ran first."""
+    finished: set[int] = field(default_factory=set)
+    """Layers that ran."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the pass."""
+        return self.positions.shape[1]
+
+
+class _Running(threading.local):
+    """The cache of the pass that runs on this thread: some hosts do not hand it to their layers while they checkpoint them."""
+
+    cache: PTECache | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Running:
+        return self
+
+    def __reduce__(self) -> str:
+        return "_running"
+
+
+_running = _Running()
+
+
+@contextmanager
+def running(cache: PTECache) -> Iterator[None]:
+    """Within the block, on this thread, decoder layers run the pass of ``cache``."""
+    before, _running.cache = _running.cache, cache
+    try:
+        yield
+    finally:
+        _running.cache = before
+
+
+def wrap(layer: nn.Module, index: int) -> None:
+    """Let ``layer`` run in chunks wherever a pass runs; :func:`unwrap` takes it back.
+
+    A partial over the module and not a method: methods are copied and pickled by their name. Where accelerate has hooked the
+    layer, the wrapper stands inside of its hook, which keeps it when hooks are added or removed.
+    """
+    names = tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
+    hooked = HOOKED_FORWARD in layer.__dict__
+    inner = None if hooked else layer.__dict__.get("forward")
+    wrapped = functools.partial(_forward, layer, index, names, inner)
+    functools.update_wrapper(wrapped, type(layer).forward, assigned=("__doc__",), updated=())
+    setattr(layer, HOOKED_FORWARD if hooked else "forward", wrapped)
+
+
+def unwrap(layer: nn.Module) -> None:
+    """Take the wrapper away, and nothing else."""
+    for name in ("forward", HOOKED_FORWARD):
+        wrapped = layer.__dict__.get(name)
+        if isinstance(wrapped, functools.partial) and wrapped.func is _forward:
+            inner = wrapped.args[3]
+            if name == "forward" and inner is None:
+                del layer.forward
+            else:
+                setattr(layer, name, inner or type(layer).forward.__get__(layer))
+
+
+def _forward(layer: nn.Module, index: int, names: tuple[str, ...], hooked: Any, *args: Any, **kwargs: Any) -> Any:
+    given = next((part for part in (*args, *kwargs.values()) if isinstance(part, PTECache)), None)
+    if given is not None and given.step_prepared:
+        # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
+        with bind(cast(Any, given).reading(index)):
+            return _host(layer, hooked, kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs})
+    cache = given if given is not None and given.running is not None else _running.cache
+    if cache is None:
+        return (hooked or functools.partial(type(layer).forward, layer))(*args, **kwargs)
+    return _in_chunks(cache, layer, index, hooked, {**dict(zip(names, args, strict=False)), **kwargs})
+
+
+def _host(layer: nn.Module, hooked: Any, arguments: dict[str, Any]) -> Any:
+    """The layer's own forward, without the checkpoint that its class puts around it."""
+    if hooked is not None:
+        return hooked(**arguments)
+    return inspect.unwrap(type(layer).forward)(layer, **arguments)
+
+
+@torch.compiler.disable(recursive=False)
+def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, arguments: dict[str, Any]) -> Any:
+    this: Pass = cache.running
+    arguments = {name: None if name in CACHE_NAMES else value for name, value in arguments.items()}
+    held = cache
+    if this.functional:
+        held = cache.one_layer(index)
+        if this.again:
+            # Run a second time, the layer must find what it found, whatever it has left since.
+            held = this.starts.setdefault(index, held).fork()
+    bounded = isinstance(held.layers[index], ThoughtLayer)
+    outputs: list[Any] = []
+    for number in range(len(this.chunks) if bounded else 1):
+        call = functools.partial(_chunk if bounded else _whole, this, number, layer, index, hooked)
+        inputs = _cut(arguments, this, number) if bounded else arguments
+        output, held = recomputed(call, held, inputs) if this.recompute else call(held, inputs)
+        outputs.append(output)
+    if this.functional and index not in this.finished:
+        cache.take_layer(index, held)
+        this.finished.add(index)
+    return _join(outputs)
+
+
+def _chunk(
+    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+) -> tuple[Any, PTECache]:
+    chunk, encoder = this.chunks[number], this.encoders.get(index)
+    content: Any = held.layers[index]
+    state, states = None, None
+    if encoder is not None:
+        state = held.state.layers[index].value
+        if state is None:
+            state = encoder.initial_state(this.adapter).expand(this.rows, -1, -1)
+        states = state
+    # Evict.
+    if chunk.evictions:
+        if this.detach:
+            content.map(Tensor.detach)
+        evicted = content.evict(held.policy, held.tokens_per_eviction, chunk.evictions, this.departing[number])
+        # Encode.
+        if encoder is not None and state is not None:
+            after = encoder(this.adapter, state, evicted, chunk.evictions)
+            state, states = after[:, -1], after.flatten(0, 1)
+    if state is not None:
+        held.state.layers[index] = LayerState(state)
+    # Attend, and write.
+    if not held.policy.uniform:
+        thoughts = slice(chunk.stop - chunk.thoughts - this.chunks[0].start, chunk.stop - this.chunks[0].start)
+        content.record(this.positions[:, thoughts], None if this.valid is None else this.valid[:, thoughts])
+    arguments = {**arguments, "attention_mask": this.masks[number]}
+    for name in CACHE_NAMES:
+        if name in arguments:
+            arguments[name] = _Slots(held, index)
+    with bind(None if states is None else Reading(states, this.rows, chunk.length, this.adapter)):
+        output = _host(layer, hooked, arguments)
+    content.settle()
+    return output, held
+
+
+def _whole(
+    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+) -> tuple[Any, PTECache]:
+    """A layer that evicts nothing: all tokens at once, on what it keeps itself, as its host calls it."""
+    encoder = this.encoders.get(index)
+    reading = None
+    if encoder is not None:
+        state = encoder.initial_state(this.adapter).expand(this.rows, -1, -1)
+        reading = Reading(state, this.rows, this.columns, this.adapter)
+    for name in CACHE_NAMES:
+        if name in arguments:
+            arguments = {**arguments, name: held}
+    with bind(reading):
+        return _host(layer, hooked, arguments), held
+
+
+class _Slots:
+    """What stands where the host's layer expects its cache: the slots of one chunk."""
+
+    def __init__(self, cache: PTECache, index: int) -> None:
+        self.cache, self.index = cache, index
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values ``[B, G, T, head_dim]``; returns all that the chunk may see."""
+        return self.cache.update(keys, values, self.index)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens seen."""
+        return self.cache.get_seq_length(self.index)
+
+
+def _cut(arguments: dict[str, Any], this: Pass, number: int) -> dict[str, Any]:
+    """What of the arguments of a layer belongs to a chunk.
+
+    Raises:
+        NotImplementedError: The layer takes a tensor with a token axis that is not known.
+    """
+    if len(this.chunks) == 1:
+        return arguments
+    start = this.chunks[number].start - this.chunks[0].start
+    part = slice(start, start + this.chunks[number].length)
+    cut: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in PER_TOKEN:
+            axis = PER_TOKEN[name]
+            cut[name] = (
+                tuple(_narrow(entry, axis, part) for entry in value)
+                if isinstance(value, (tuple, list))
+                else _narrow(value, axis, part)
+            )
+        elif name != "attention_mask" and isinstance(value, Tensor) and this.columns in value.shape:
+            raise NotImplementedError(
+                f"A decoder layer takes `{name}` of shape {tuple(value.shape)}, whose tokens cannot be told apart by chunk. "
+                "Use PTEConfig(cache_window=None), or leave that input out."
+            )
+        else:
+            cut[name] = value
+    return cut
+
+
+def _narrow(value: Any, axis: int, part: slice) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    # Without gradients a view of a leaf that requires one would say that it requires one too, and have nothing to show for it.
+    value = value if torch.is_grad_enabled() else value.detach()
+    return value.narrow(axis, part.start, part.stop - part.start)
+
+
+def _join(outputs: list[Any]) -> Any:
+    """One output of the layer from those of its chunks; what it returns beside hidden vectors is that of the first."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(outputs, dim=1)
+    return (torch.cat([output[0] for output in outputs], dim=1), *first[1:])

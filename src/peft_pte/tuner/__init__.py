@@ -1,0 +1,1 @@
+"""peft's side: injection, what is installed, files."""

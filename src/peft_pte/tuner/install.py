@@ -1,0 +1,231 @@
+"""What is installed on a transformers model, on the instance, and removed again.
+
+``generate``, a loss, TRL's fused head and a plain call all end in the backbone's forward, so that is where a call is run
+(:mod:`peft_pte.passes.run`); what happens to the window happens in the decoder layers, whose forwards are wrapped (:mod:`peft_pte.passes.block`). Two things
+are known only further out and are handed in: the labels, which stop at the causal LM and say where prompts end (a forward hook),
+and the cache that ``generate`` would make (``_prepare_cache_for_generation``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.masking_utils import create_masks_for_generate
+
+from ..cache.cache import PTECache
+from ..cache.static_cache import StaticPTECache
+from ..host.compat import CACHE_METHOD, LOADER_METHOD, MASKS_METHOD
+from ..method.encoder import CHILD_NAME
+from ..method.layer import without_lora_arguments
+from ..passes.block import unwrap, wrap
+from ..passes.boundary import PromptSpec
+from ..passes.decode import prepare, step
+from ..passes.run import run
+from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, Seam
+
+_HOOKS = "_pte_hooks"
+
+
+def install(model: PreTrainedModel) -> Seam:
+    """Install everything; returns the seam."""
+    seam = Seam(model)
+    backbone, host = seam.backbone, seam.model
+    backbone.forward = _bound(_backbone_forward, backbone, type(backbone).forward)
+    setattr(backbone, ATTRIBUTE, seam)
+    setattr(host, ATTRIBUTE, seam)
+    setattr(host, CACHE_METHOD, _bound(_prepare_cache, host, getattr(type(host), CACHE_METHOD)))
+    host.generate = _bound(_generate, host, type(host).generate)
+    host.create_masks_for_generate = functools.partial(_create_masks, host)
+    host.generate_batch = functools.partial(_refuse_generate_batch, host)
+    hooks = [
+        host.register_forward_pre_hook(_enter_call, with_kwargs=True),
+        host.register_forward_hook(_leave_call, with_kwargs=True, always_call=True),
+        host.register_forward_pre_hook(without_lora_arguments, with_kwargs=True),
+    ]
+    setattr(host, _HOOKS, hooks)
+    for index, layer in seam.blocks:
+        wrap(layer, index)
+    return seam
+
+
+def remove(seam: Seam) -> None:
+    """Give the model back as it was."""
+    host, backbone = seam.model, seam.backbone
+    for hook in host.__dict__.pop(_HOOKS):
+        hook.remove()
+    for _, layer in seam.blocks:
+        unwrap(layer)
+    del backbone.forward
+    if seam.dispatched is not None:
+        backbone.forward = seam.dispatched
+    for name in (CACHE_METHOD, MASKS_METHOD, LOADER_METHOD, "generate", "generate_batch"):
+        host.__dict__.pop(name, None)
+    for module in (host, backbone):
+        module.__dict__.pop(ATTRIBUTE, None)
+    for site in seam.sites.values():
+        if hasattr(site.attention, CHILD_NAME):
+            delattr(site.attention, CHILD_NAME)
+
+
+def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` bound to ``module``, with the signature of ``original``.
+
+    A partial and not a method: methods are copied and pickled by their name, which would find the original.
+    """
+    # Without the annotations, which pickle refuses; the signature is that of `__wrapped__`.
+    names = ("__module__", "__name__", "__qualname__", "__doc__")
+    return functools.update_wrapper(functools.partial(function, module), original, assigned=names, updated=())
+
+
+def _is_step(arguments: dict[str, Any]) -> bool:
+    """Whether these are the arguments of a step that :func:`prepare` prepared."""
+    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    return isinstance(cache, StaticPTECache) and cache.step_prepared and mask is not None and mask.ndim == 4
+
+
+def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_step(kwargs):
+        return step(getattr(self, ATTRIBUTE), *args, **kwargs)
+    return _replayed_forward(self, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False)
+def _replayed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    seam: Seam = getattr(self, ATTRIBUTE)
+    arguments = kwargs
+    if args:
+        arguments = inspect.signature(type(self).forward).bind(self, *args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        arguments.pop("self", None)
+    adapter = seam.active_adapter()
+    if adapter is None:
+        if isinstance(arguments.get("past_key_values"), PTECache):
+            raise ValueError(NO_ADAPTER)
+        return seam.inner(**arguments)
+    return run(seam, adapter, arguments, seam.calls.take())
+
+
+def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``create_masks_for_generate``, which ``generate`` calls outside of what it compiles."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, StaticPTECache):
+        seam: Seam = getattr(self, ATTRIBUTE)
+        return prepare(seam, cache, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs["inputs_embeds"])
+    original = getattr(type(self), MASKS_METHOD, None)
+    return (create_masks_for_generate if original is None else functools.partial(original, self))(*args, **kwargs)
+
+
+def _enter_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # A step on a static cache is traced as one graph, and has no labels.
+    if _is_step(kwargs):
+        return args, kwargs
+    return _note_call(model, args, kwargs)
+
+
+@torch.compiler.disable
+def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if getattr(model, "_is_replica", False):
+        raise NotImplementedError(
+            "torch.nn.DataParallel copies a model without its seam, so its replicas would run on the first device's weights. "
+            "Use one process per device (`accelerate launch`, torchrun), or make one device visible."
+        )
+    named = kwargs
+    if args:
+        named = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+    kwargs = dict(kwargs)
+    spec = PromptSpec(named.get("labels"), named.get("shift_labels"), kwargs.pop("prompt_length", None))
+    getattr(model, ATTRIBUTE).calls.stack.append(spec)
+    return args, kwargs
+
+
+def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if _is_step(kwargs):
+        kwargs["past_key_values"].step_prepared = False
+    else:
+        _forget_call(model)
+
+
+@torch.compiler.disable
+def _forget_call(model: nn.Module) -> None:
+    stack = getattr(model, ATTRIBUTE).calls.stack
+    if stack:
+        stack.pop()
+
+
+def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -> Any:
+    """``generate``, which also takes ``prompt_length``, and decodes with the bounded cache whatever `use_cache` says."""
+    seam: Seam = getattr(self, ATTRIBUTE)
+    adapter = seam.active_adapter()
+    if adapter is not None and seam.config(adapter).cache_window is not None:
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        if kwargs.get("use_cache", config.use_cache) is False:
+            # Trainers turn the cache off where gradients are checkpointed; the policy is the same with it, and the cache is bounded.
+            kwargs["use_cache"] = True
+    seam.calls.generations.append(Generation(PromptSpec(length=prompt_length)))
+    try:
+        return type(self).generate(self, *args, **kwargs)
+    finally:
+        seam.calls.generations.pop()
+
+
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+) -> Any:
+    seam: Seam = getattr(self, ATTRIBUTE)
+    adapter = seam.active_adapter()
+    if adapter is not None:
+        made = False
+        _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
+        if model_kwargs.get("past_key_values") is None:
+            static = generation_config.cache_implementation == "static"
+            model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
+            made = True
+        generation = seam.note_cache(model_kwargs["past_key_values"])
+        if generation is not None:
+            prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
+            generation.spec = replace(generation.spec, prefill=prefill)
+        if made:
+            return None
+    return getattr(type(self), CACHE_METHOD)(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+
+def _prefill_columns(generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any) -> int | None:
+    """Columns of the input where the first call holds more than the prompt: an assistant's first candidates."""
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        return None
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    # `generate` drops a mask of ones, but has added the prompt to the length that was asked for.
+    new_tokens = generation_config.max_new_tokens
+    return None if new_tokens is None else int(generation_config.max_length - new_tokens)
+
+
+def _refuse_generation(generation_config: Any, bounded: bool) -> None:
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
+        raise NotImplementedError(
+            f'`cache_implementation` must be unset or "static" while a PTE adapter is active, got '
+            f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
+        )
+    if generation_config.prefill_chunk_size is not None and bounded:
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be unset under a bounded cache, got {generation_config.prefill_chunk_size}: the "
+            "prompt is what the prefill holds, and later chunks would count as thoughts."
+        )
+
+
+def _refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if getattr(self, ATTRIBUTE).active_adapter() is None:
+        return type(self).generate_batch(self, *args, **kwargs)
+    raise NotImplementedError(
+        "`generate_batch` (continuous batching) pages a full cache and has no thought state. Use `generate`; in TRL, "
+        "use_transformers_continuous_batching=False."
+    )
