@@ -197,7 +197,7 @@ def render(batch: int = 64) -> str:
         f"E = {first.evicted}, prompt 256, bfloat16, Q = R = {first.rank}; times are bytes at {HBM / 1e12} TB/s and nothing "
         "else. `compress_` runs once in E steps, and its share is spread over them.\n\n"
         + table(header, body)
-        + f"\n\nOne layer of a segment while training, forward, {SEGMENT_BATCH} sequences of {first.evicted} tokens: `encode` "
+        + f"\n\nOne layer of a chunk while training, forward, {SEGMENT_BATCH} sequences of {first.evicted} tokens: `encode` "
         "(float32 rows), and `delta` onto the gate projection.\n\n" + table(["model", *columns], training)
     )
 

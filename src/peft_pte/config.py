@@ -137,11 +137,11 @@ class PTEConfig(PeftConfig):
         segment_length: With gradient checkpointing, columns of one pass of the backbone. Between passes a scoring call keeps keys and
             values alone; a longer pass is faster and needs more memory. ``None``: the window, or 512 where that is more.
         chunk_length: Columns that a layer takes at once. ``None``: the window.
-        recompute_layers: With gradient checkpointing, whether the layers of a segment are recomputed one by one in the
-            backward pass. ``True``: the activations of one layer are alive at a time, for one more forward pass (none
-            with ``offload``); ``False``: those of all layers of one segment.
+        recompute_layers: With gradient checkpointing, whether the chunks of layers are recomputed one by one in the
+            backward pass. ``True``: the activations of one layer and chunk are alive at a time, for one more forward pass (none
+            with ``offload``); ``False``: those of all layers of one pass, so give a short ``segment_length``.
         offload: With gradient checkpointing, whether a scoring call keeps what its backward pass starts from on the CPU:
-            keys and values of past segments and, with ``recompute_layers``, the inputs of their layers.
+            keys and values of past passes and, with ``recompute_layers``, the inputs of their layers.
 
     Raises:
         ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
@@ -210,7 +210,7 @@ class PTEConfig(PeftConfig):
         default=None, metadata={"help": "Columns that a layer takes at once; None: the window; not saved."}
     )
     recompute_layers: bool = field(
-        default=True, metadata={"help": "Recompute the layers of a segment one by one; not saved."}
+        default=True, metadata={"help": "Recompute the chunks of layers one by one; not saved."}
     )
     offload: bool = field(
         default=False, metadata={"help": "Keep what the backward pass starts from on the CPU; not saved."}

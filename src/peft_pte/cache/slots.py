@@ -1,7 +1,7 @@
 """Where the keys and values of one layer are kept, and which token stands in which slot.
 
 Two stores, one interface. :class:`SlotBuffer` is a block of fixed size written in place: decoding, where memory must be
-constant. :class:`SlotChunks` is an immutable sequence of tensors: scoring with gradients, where a segment must be able
+constant. :class:`SlotChunks` is an immutable sequence of tensors: scoring with gradients, where a chunk must be able
 to run twice from the same start and what it kept must stay what it was.
 """
 

@@ -34,7 +34,7 @@ LAYERS, HEADS, HEAD_DIM, HIDDEN, OUTER, RANK, EVICTED = 36, 2, 128, 2048, 11008,
 
 
 def workloads(batch: int, device: torch.device) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """``(operation, shape class, call)`` for every operation that decoding or a segment's forward pass launches."""
+    """``(operation, shape class, call)`` for every operation that decoding or a chunk's forward pass launches."""
 
     def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)

@@ -12,10 +12,8 @@ from ..cache.cache import PTECache
 from ..seam import Seam
 from .boundary import Columns
 
-# Inputs with one entry per token, which are cut where a segment ends.
+# Inputs with one entry per token.
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
-
-
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 

@@ -1,7 +1,7 @@
 """A layout in which the prompts of all rows end in the same column.
 
 A batch to score may pad anywhere: TRL pads prompts left and completions right, an SFT collator pads right and its
-prompts end at different columns. The replay needs one layout: prompts end in column ``P``, thoughts start there, padding
+prompts end at different columns. A call runs in one layout: prompts end in column ``P``, thoughts start there, padding
 is outside both. Rows already so are left alone; others are moved, and their outputs moved back.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are laid out for the replay."""
+    """How rows are laid out."""
 
     prompt: int
     """``P``, columns of the prompts, left padding included."""

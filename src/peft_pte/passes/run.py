@@ -324,7 +324,7 @@ def _column_mask(run: _Run, stop: int) -> Tensor | None:
 def _agreement(seam: Seam, call: Call) -> Callable[[int, int], tuple[int, int]] | None:
     """What a layout must have beyond its rows' own columns: ``(prompt, thoughts)`` to ``(prompt, thoughts)``.
 
-    Sharded weights are gathered once per segment, by all processes together; one that has fewer would be waited for. A cache
+    Sharded weights are gathered once per pass, by all processes together; one that has fewer would be waited for. A cache
     of the caller's goes on in the caller's columns, so it has to have as many.
     """
     if call.cache is None:

@@ -94,11 +94,11 @@ def _is_step(arguments: dict[str, Any]) -> bool:
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_step(kwargs):
         return step(getattr(self, ATTRIBUTE), *args, **kwargs)
-    return _replayed_forward(self, *args, **kwargs)
+    return _run_forward(self, *args, **kwargs)
 
 
 @torch.compiler.disable(recursive=False)
-def _replayed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     seam: Seam = getattr(self, ATTRIBUTE)
     arguments = kwargs
     if args:
