@@ -242,3 +242,20 @@ def test_nothing_of_a_pass_outlives_its_backward(checkpointing):
     finally:
         gc.enable()
     assert not alive
+
+
+def test_no_token_hands_the_host_more_than_the_one_before_it(monkeypatch):
+    from peft_pte.seam import Seam
+
+    widths, inner = [], Seam.inner
+
+    def noting(self, *args, **kwargs):
+        mask = kwargs["attention_mask"]
+        widths.append(0 if mask is None else mask.shape[1])
+        return inner(self, *args, **kwargs)
+
+    model = make_pte()
+    monkeypatch.setattr(Seam, "inner", noting)
+    rollout = roll_out(model, make_prompts(), 3 * WINDOW)
+    assert rollout.cache.evictions > 5
+    assert widths == [make_prompts()["input_ids"].shape[1], *[1] * (3 * WINDOW - 1)]

@@ -217,13 +217,15 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
         torch.is_grad_enabled(),
         run.again,
     )
+    bounded = len(cache.thought_layers) == len(cache.layers)
     # The layers' caches are those of `cache`; what runs is known to this call alone.
     view = copy.copy(cache)
     view.running = this
     with running(view):
         output = seam.inner(
             **{name: rows[:, part] for name, rows in run.tokens.items()},
-            attention_mask=_column_mask(run, plan.stop),
+            # Where all layers are bounded nothing counts columns, and no token is to cost more than the one before it.
+            attention_mask=valid if bounded else _column_mask(run, plan.stop),
             position_ids=positions,
             past_key_values=view,
             # Hosts that checkpoint would say that it cannot be; they hand on the cache they are given all the same.
