@@ -66,7 +66,7 @@ class Operands:
     """``[L, R, D]``."""
     value_projection: Tensor
     slots: Tensor
-    """``[E]``, those behind the prompt."""
+    """``[B, E]``, those behind the prompt."""
     prompt: int
     cos: Tensor
     """``[B, E, head_dim]``, of the inverse rotation."""
@@ -88,7 +88,7 @@ class Operands:
             query=draw(layers, case.rank, case.rank),
             key_projection=draw(layers, case.rank, heads * head_dim, dtype=session.dtype),
             value_projection=draw(layers, case.rank, heads * head_dim, dtype=session.dtype),
-            slots=torch.arange(case.prompt, case.prompt + case.evict, device=session.device),
+            slots=torch.arange(case.prompt, case.prompt + case.evict, device=session.device).repeat(case.batch, 1),
             prompt=case.prompt,
             cos=angle.cos(),
             sin=angle.sin(),
@@ -97,8 +97,8 @@ class Operands:
     @property
     def floor_bytes(self) -> int:
         """Bytes that must move: evicted keys and values, rotation, projections and queries read, states read and written."""
-        layers, batch, heads, _, head_dim = self.keys.shape
-        evicted = layers * batch * heads * self.slots.numel() * head_dim * self.keys.element_size()
+        layers, _, heads, _, head_dim = self.keys.shape
+        evicted = layers * heads * self.slots.numel() * head_dim * self.keys.element_size()
         read = (self.query, self.key_projection, self.value_projection, self.cos, self.sin)
         return 2 * evicted + 2 * _nbytes(self.state) + sum(map(_nbytes, read))
 
@@ -147,7 +147,7 @@ def _call(peer: str, operands: Operands) -> Callable[[], Any]:
 def _encode_layers(operands: Operands, impl: str) -> None:
     from peft_pte.ops import encode
 
-    first, evict = operands.prompt, operands.slots.numel()
+    first, evict = operands.prompt, operands.slots.shape[1]
     for layer in range(operands.state.shape[0]):
         keys, values = (part[layer].narrow(2, first, evict).float() for part in (operands.keys, operands.values))
         half = keys.shape[-1] // 2

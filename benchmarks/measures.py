@@ -182,9 +182,9 @@ def _replay(model: Any, batch: dict[str, Tensor], thoughts: int) -> tuple[float,
 def _thoughts_that_differ(rollout: Any, replay: Any) -> float:
     """Share of thoughts held after decoding, over layers, rows and heads, that are not held after scoring."""
     differ = []
-    for (_, decoded), (_, scored) in zip(rollout.thought_layers, replay.thought_layers, strict=True):
+    for index, _ in rollout.thought_layers:
         # As sets: one token more or less would shift all slots behind it.
-        kept, found = (layer.table.used()[0] for layer in (decoded, scored))
+        kept, found = (cache.window_positions(index) for cache in (rollout, replay))
         differ.append((kept[..., :, None] != found[..., None, :]).all(dim=-1).float().mean())
     return float(torch.stack(differ).mean())
 

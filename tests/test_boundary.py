@@ -244,34 +244,6 @@ def test_nothing_is_lost_where_generate_refuses():
     assert torch.equal(kept, model.generate(ids, max_new_tokens=3 * WINDOW, do_sample=False))
 
 
-def test_rows_out_of_step_are_refused():
-    model = make_pte(prompt_end=MARKER)
-    ids = make_prompts_with_marker((9, 9))["input_ids"]
-    ids[1, 3:5] = torch.tensor(MARKER)
-    with pytest.raises(NotImplementedError, match="share one clock"):
-        model.generate(ids, max_new_tokens=4)
-    # One at a time, and all of it as prompt.
-    for row in ids:
-        model.generate(row[None], max_new_tokens=4)
-    model.generate(ids, max_new_tokens=4, prompt_length=9)
-    model.peft_config["default"].prompt_end = 4
-    with pytest.raises(NotImplementedError, match="share one clock"):
-        model.generate(**make_prompts((6, 3)), max_new_tokens=4)
-    with pytest.raises(NotImplementedError, match="share one clock"):
-        model.generate(**make_prompts((3, 2)), max_new_tokens=4)
-
-
-def test_scored_rows_out_of_step_cannot_be_continued():
-    model = make_pte(prompt_end=MARKER)
-    ids = make_prompts_with_marker((9, 9))["input_ids"]
-    ids[1, 3:5] = torch.tensor(MARKER)
-    cache = model.base_model.new_cache()
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
-        with pytest.raises(NotImplementedError, match="different lengths"):
-            model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 10), past_key_values=cache)
-
-
 def test_a_prefill_that_evicts_warns_once():
     model = make_pte(prompt_end=MARKER)
     ids = torch.cat([make_prompts_with_marker((6,))["input_ids"], torch.randint(1, 57, (1, 2 * WINDOW))], dim=1)
@@ -284,18 +256,6 @@ def test_a_prefill_that_evicts_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.generate(ids, max_new_tokens=2, prompt_length=ids.shape[1])
-
-
-def test_padding_column_by_column_is_refused():
-    # A row that ended, fed column by column: each column of padding would take a slot.
-    model = make_pte()
-    prompts = make_prompts((6, 6))
-    cache = model.base_model.new_cache()
-    with torch.no_grad():
-        model(**prompts, past_key_values=cache)
-        mask = torch.cat([prompts["attention_mask"], torch.tensor([[1], [0]])], dim=1)
-        with pytest.raises(NotImplementedError, match="pads a later turn"):
-            model(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -495,14 +455,6 @@ def test_prompts_of_a_cached_prefix_that_end_in_different_columns(family):
             return
         rest = model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache).logits
         assert_close(rest[1, :23], model(input_ids=ids[1:, :26]).logits[0, 3:])
-
-
-def test_a_static_cache_wants_a_prompt():
-    model = make_pte(attn_implementation="sdpa")
-    ids = torch.ones(1, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match="`prompt_length` must be at least 1 on a static cache"):
-        model.generate(ids, max_new_tokens=4, prompt_length=0, cache_implementation="static")
-    model.generate(ids, max_new_tokens=4, prompt_length=0)
 
 
 def test_an_interrupted_call_leaves_no_cache_to_go_on_with():

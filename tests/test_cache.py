@@ -177,15 +177,22 @@ def test_positions_as_generate_makes_them():
         )
 
 
-def test_no_cache_comes_back_in_a_layout_of_its_own():
+def test_a_cache_comes_back_whatever_the_padding():
     model = make_pte()
-    batch = roll_out(model, make_prompts(), 12).truncated(12)
-    assert model(**batch, use_cache=True).past_key_values.get_seq_length() == batch["input_ids"].shape[1]
-    ragged = {name: torch.cat([part[:, 3:], part[:, :3]], dim=1) for name, part in batch.items()}
-    ragged["attention_mask"][:, -3:] = 0
-    ragged["labels"][:, -3:] = -100
-    ragged["labels"][0, 3] = -100
-    assert model(**ragged, use_cache=True).past_key_values is None
+    rollout = roll_out(model, make_prompts(), 3 * WINDOW)
+    lengths, padded = (11, 3, WINDOW + 6), (0, 3, 1)
+    batch = rollout.truncated(20, lengths)
+    batch = {
+        name: torch.stack([row.roll(-left) for row, left in zip(part, padded, strict=True)])
+        for name, part in batch.items()
+    }
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        turn = torch.stack([rollout.input_ids[row, 6 + length : 12 + length] for row, length in enumerate(lengths)])
+        mask = torch.cat([batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)], dim=1)
+        logits = model(input_ids=turn, attention_mask=mask, past_key_values=cache).logits
+    for row, length in enumerate(lengths):
+        assert_close(logits[row, :-1], rollout.logits[row, length + 1 : length + 6])
 
 
 def test_num_return_sequences():

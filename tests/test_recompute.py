@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from peft_pte.cache.store import ThoughtLayer
 from peft_pte.passes import recompute
 from tests.helpers import SMALL, make_prompts, make_pte, roll_out
 
@@ -56,15 +57,14 @@ def test_offloading_lets_go_of_keys_and_values_that_left_the_window(recompute_la
     model = make_pte("llama", offload=True, recompute_layers=recompute_layers, segment_length=2)
     batch = roll_out(model, make_prompts(), 4 * WINDOW).truncated(4 * WINDOW)
     made = []
-    from peft_pte.cache.slots import SlotChunks
+    original = ThoughtLayer.update
 
-    original = SlotChunks.append
+    def update(self, *args, **kwargs):
+        seen = original(self, *args, **kwargs)
+        made.append(weakref.ref((self.recent or self.prompt)[-1].keys))
+        return seen
 
-    def append(self, new):
-        original(self, new)
-        made.append(weakref.ref(self.chunks[-1].keys))
-
-    monkeypatch.setattr(SlotChunks, "append", append)
+    monkeypatch.setattr(ThoughtLayer, "update", update)
     model.train().gradient_checkpointing_enable()
     loss = model(**batch).loss
     gc.collect()

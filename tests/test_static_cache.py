@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
-from peft_pte import PTECache, PTEConfig, StaticPTECache
+from peft_pte import PTECache, PTEConfig
 from tests.cases import STATIC_FAMILIES, TWO_FAMILIES
 from tests.helpers import SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
 
@@ -33,9 +33,9 @@ def counters():
 
 def addresses(cache):
     """Where everything is that a step reads or writes."""
-    tensors = [*cache.read_states.values(), cache.slot_valid, cache.positions]
+    tensors = list(cache.fixed.states.values())
     for _, layer in cache.thought_layers:
-        tensors += [layer.keys, layer.values, layer.write_slot]
+        tensors += [layer.keys, layer.values, layer.write]
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -51,7 +51,7 @@ def decode(model, cache, ids, mask, steps):
 
 
 def make_cache(model, static=True):
-    return (StaticPTECache if static else PTECache)(model.config, model.peft_config["default"])
+    return PTECache(model.config, model.peft_config["default"], static=static)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -110,17 +110,17 @@ def test_kernels_in_place_of_the_reference(family, fields):
         found[impl] = roll_out(model, prompts, WINDOW + 7, **STATIC)
     assert found["triton"].cache.evictions == 2
     assert_close(found["triton"].logits, found["reference"].logits)
-    for index, read in found["reference"].cache.read_states.items():
-        assert_close(found["triton"].cache.read_states[index], read)
+    for index, read in found["reference"].cache.fixed.states.items():
+        assert_close(found["triton"].cache.fixed.states[index], read)
 
 
 def test_one_launch_for_all_layers(monkeypatch):
     calls = []
-    import peft_pte.passes.decode
+    import peft_pte.passes.token
 
-    original = peft_pte.passes.decode.compress_
+    original = peft_pte.passes.token.compress_
     monkeypatch.setattr(
-        "peft_pte.passes.decode.compress_", lambda *args, **kwargs: calls.append(original(*args, **kwargs))
+        "peft_pte.passes.token.compress_", lambda *args, **kwargs: calls.append(original(*args, **kwargs))
     )
     model = make_pte("llama", impl="triton", evict_ratio=0.5)
     rollout = roll_out(model, make_prompts((3, 2)), WINDOW + 6, **STATIC)
@@ -134,7 +134,7 @@ def test_adapters_in_another_dtype_than_their_base():
         if "pte_" in name:
             parameter.data = parameter.data.float()
     rollout = roll_out(model, make_prompts(), 2 * WINDOW, **STATIC)
-    assert {part.dtype for part in rollout.cache.read_states.values()} == {torch.float32}
+    assert {part.dtype for part in rollout.cache.fixed.states.values()} == {torch.float32}
 
 
 def test_early_finishers_and_several_answers_to_a_prompt():
@@ -188,7 +188,7 @@ def test_an_evicted_token_acts_through_the_state_only():
     _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], WINDOW + 2)
     assert cache.evictions == 1
     # The slots that the first eviction emptied and nothing has filled yet.
-    empty = (~cache.slot_valid[0]).nonzero()[:, 0]
+    empty = (~cache.rows.visible_slots(cache.layers[0].keys.shape[2])[0]).nonzero()[:, 0]
     other = copy.deepcopy(cache)
     for part in other.layers[0].block:
         part[:, :, empty] = 1e3
@@ -318,6 +318,6 @@ def test_moved_between_steps():
         _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], WINDOW + 3)
         if move:
             cache.to("cpu")
-            assert all(layer.write_slot.device == layer.keys.device for _, layer in cache.thought_layers)
+            assert all(layer.write.device == layer.keys.device for _, layer in cache.thought_layers)
         found.append(decode(model, cache, ids, mask, WINDOW)[0])
     assert torch.equal(*found)

@@ -146,5 +146,5 @@ def test_importing_twice_registers_once():
 
 
 def test_public_names():
-    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__", "prompt_end"}
+    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "__version__", "prompt_end"}
     assert all(hasattr(peft_pte, name) for name in peft_pte.__all__)

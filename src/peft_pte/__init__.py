@@ -7,12 +7,11 @@ from peft.utils import register_peft_method
 
 from ._peft_type import PTE
 from .cache.cache import PTECache
-from .cache.static_cache import StaticPTECache
 from .chat import prompt_end
 from .config import PTEConfig
 from .tuner.model import PTEModel
 
-__all__ = ["PTECache", "PTEConfig", "PTEModel", "StaticPTECache", "__version__", "prompt_end"]
+__all__ = ["PTECache", "PTEConfig", "PTEModel", "__version__", "prompt_end"]
 
 __version__ = "0.1.0"
 

@@ -5,17 +5,18 @@ What is installed on the model, and what it calls, is in :mod:`peft_pte.tuner.in
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from .cache.cache import PTECache
-from .cache.static_cache import StaticPTECache
+from .cache.rows import Rows
 from .config import PTEConfig
 from .host.compat import CACHE_METHOD, attention_of
 from .host.sites import find_backbone, find_sites
@@ -111,6 +112,10 @@ class Seam:
         linears = (module for module in block.modules() if isinstance(module, PTELinear) and module.holds(adapter))
         return weight_of(next(linears).pte_down[adapter]).dtype
 
+    def encoders(self, adapter: str) -> dict[int, PTEEncoder]:
+        """The encoders of ``adapter``, by layer."""
+        return {index: self.encoder(index) for index in self.encoded_layers(adapter)}
+
     def encoder(self, layer_index: int) -> PTEEncoder:
         """The encoder of a layer that has one."""
         encoder: PTEEncoder = getattr(self.sites[layer_index].attention, CHILD_NAME)
@@ -141,7 +146,7 @@ class Seam:
                 f"{attention_of(self.text_config)!r}, which takes no tensor as a mask. Leave it unset, or load the "
                 f"model with attn_implementation in {', '.join(map(repr, _MASKED_BY_TENSOR))}."
             )
-        return (StaticPTECache if static else PTECache)(self.text_config, self.config(adapter))
+        return PTECache(self.text_config, self.config(adapter), static=static)
 
     def require_adapter(self) -> str:
         """The PTE adapter in use.
@@ -213,8 +218,8 @@ class Seam:
         generations = self.calls.generations
         return generations[-1] if generations and cache is not None and generations[-1].cache is cache else None
 
-    def observe(self, cache: PTECache, layout: Layout, evicted: bool) -> None:
-        """Let the statistics see a call."""
+    def observe(self, cache: PTECache, layout: Layout | None, evicted: bool) -> None:
+        """Let the statistics see a call; ``layout`` is ``None`` where it was one token per row."""
         self.statistics.observe(cache, layout, evicted, decoding=self.generation(cache) is not None)
 
 
@@ -224,11 +229,28 @@ class Generation:
 
     spec: PromptSpec
     cache: PTECache | None = None
+    ends: list[int] | None = None
+    """End-of-sequence tokens: what `generate` appends to a row behind one of them is padding."""
+    padding_token: int | None = None
+    """What it appends."""
+    started: bool = False
+    """Whether its first call is over: what comes is what it generates, one token per row."""
+    shift: Tensor | None = None
+    """``[B]``, by how much it counts the positions of a row too high; ``None``: not at all."""
+    ids: Tensor | None = None
+    """``[B, N]``, what it goes on from."""
 
     def take(self) -> PromptSpec:
         """What it says about its prompts, to the call that prefills them."""
         spec, self.spec = self.spec, PromptSpec()
         return spec
+
+    def note_ends(self, rows: Rows, ids: Tensor | None) -> None:
+        """Note which of ``rows`` end with the last of ``ids [B, N]``."""
+        if self.ends is None or ids is None:
+            return
+        going_on = [ids[:, -1] != end for end in self.ends]
+        rows.note_ends(functools.reduce(torch.logical_and, going_on), self.padding_token)
 
 
 class Calls(threading.local):

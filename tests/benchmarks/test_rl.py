@@ -16,7 +16,7 @@ from benchmarks.rl.evaluate import EVALUATION_SEED, window_of
 from benchmarks.rl.report import peak_cache, report
 from benchmarks.rl.train import ARMS, Settings, adapt, evict_of
 from benchmarks.small import gone
-from peft_pte.cache.thought_layer import ThoughtLayer
+from peft_pte.cache.store import ThoughtLayer
 from tests.cases import make_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +67,7 @@ def test_what_the_window_holds_is_what_a_cache_holds():
         for thought in range(tokens.shape[1] - prompt):
             column = tokens[:, prompt + thought, None]
             cache = model(input_ids=column, past_key_values=cache, use_cache=True).past_key_values
-            positions, _ = cache.thought_layers[0][1].table.used()
-            held[thought] = set((positions[0, 0] - prompt).tolist())
+            held[thought] = {place - prompt for place in cache.window_positions(0)[0, 0].tolist() if place >= 0}
             assert int(gone(torch.tensor(thought), window, evict)) == min(held[thought])
     expected = [[int(s) in held[int(r)] for s, r in zip(made.stated[0], made.recalled, strict=True)]]
     assert made.held(window, evict).tolist() == expected
@@ -118,10 +117,8 @@ def test_the_window_of_an_evaluation_bounds_its_cache(arm, monkeypatch):
     model = adapt(make_base("llama"), Settings(arm=arm, window=8, rank=4, global_tokens=4), 0)
     before = model.peft_config["default"]
     sizes = []
-    original = ThoughtLayer.evict
-    monkeypatch.setattr(
-        ThoughtLayer, "evict", lambda self, *args: (sizes.append(self.window), original(self, *args))[1]
-    )
+    original = ThoughtLayer.lose
+    monkeypatch.setattr(ThoughtLayer, "lose", lambda self, *args: (sizes.append(self.window), original(self, *args))[1])
     prompt = torch.randint(3, 20, (2, 5))
     generate = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     for window in (12, None):

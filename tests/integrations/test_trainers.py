@@ -60,7 +60,7 @@ def test_a_trainer_that_never_evicts_is_found(case):
 @cases
 def test_pte_trains_what_it_rolls_out(case):
     outcome, with_end = measured(case, "pte, prompt_end")
-    assert with_end == ("refused" if case.refused or case.refused_with_end else "equal"), outcome.refusal
+    assert with_end == ("refused" if case.refused else "equal"), outcome.refusal
     second, without = measured(case, "pte")
     # Where no call could tell, the page says so.
     assert without in ("equal", "refused") or case.limit, second.refusal

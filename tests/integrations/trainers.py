@@ -138,8 +138,6 @@ class Case:
     untried: str = ""
     refused: str = ""
     """Words of the refusal, where a policy with a bounded cache is refused whatever its config says."""
-    refused_with_end: str = ""
-    """Words of the refusal, where it is refused with `prompt_end`."""
     prompt_end: Any = dataclasses.field(default_factory=lambda: [MARKER])
     keep: int = 0
     """With an integer `prompt_end`, how many tokens are prompt."""
@@ -289,36 +287,16 @@ def two_calls_of_a_tool(outcome: "Outcome") -> str:
     return "" if most == 2 else f"no row called the tool twice, at most {most} times"
 
 
-def make_grpo_tools(model, config, directory, tokenizer=make_tool_tokenizer, **fields):
+def make_grpo_tools(model, config, directory):
     return make_grpo(
         model,
         config,
         directory,
         data=question_data,
-        tokenizer=tokenizer,
+        tokenizer=make_tool_tokenizer,
         extra={"tools": [look_up]},
         per_device_train_batch_size=8,
         max_completion_length=4 * COMPLETION,
-        **fields,
-    )
-
-
-def make_base_without_end() -> Any:
-    base = make_trl_base()
-    base.generation_config.eos_token_id = None
-    return base
-
-
-def make_tool_tokenizer_without_end() -> Any:
-    tokenizer = make_tool_tokenizer()
-    tokenizer.eos_token = "<never>"
-    return tokenizer
-
-
-def make_grpo_tools_in_step(model, config, directory):
-    # Nothing ends a turn but its length.
-    return make_grpo_tools(
-        model, config, directory, make_tool_tokenizer_without_end, generation_kwargs={"max_new_tokens": COMPLETION // 2}
     )
 
 
@@ -651,21 +629,11 @@ CASES = [
     Case(
         "GRPO, `tools`",
         make_grpo_tools,
-        "the rows that call a tool in one turn are generated together, and must have one number of tokens after the marker",
+        "each turn is a call of `generate` on all that went before, in rows of different lengths",
         generates=True,
-        refused_with_end="share one clock",
         check=two_calls_of_a_tool,
         limit=TURNS_DIFFER,
         base=make_tool_base,
-    ),
-    Case(
-        "GRPO, `tools`, turns of one length",
-        make_grpo_tools_in_step,
-        "each turn is a call of `generate` on all that went before",
-        generates=True,
-        check=two_calls_of_a_tool,
-        limit=TURNS_DIFFER,
-        base=make_base_without_end,
     ),
     Case("RLOO", make_rloo, generates=True, labels=True, reference=True),
     Case("DPO", make_dpo, labels=True, reference=True),
@@ -1087,15 +1055,13 @@ def judge(case: Case, outcome: Outcome, adapter: str) -> str:
     """`"equal"`, `"refused"`, or what is wrong."""
     if outcome.refusal is not None:
         # LoRA is never refused; a policy is, with its remedy, where nothing tells it where prompts end.
-        allowed = case.refused or ("prompt_end" if adapter == "pte" else case.refused_with_end)
+        allowed = case.refused or ("prompt_end" if adapter == "pte" else "")
         if adapter != "lora" and allowed and re.search(allowed, str(outcome.refusal)):
             return "refused"
         return f"{type(outcome.refusal).__name__}: {outcome.refusal}"
     problems = []
     if case.refused:
         return "equal" if adapter == "lora" else "not refused"
-    if case.refused_with_end and adapter == "pte, prompt_end":
-        return "not refused"
     if outcome.thoughts < 2 * WINDOW:
         problems.append(f"only {outcome.thoughts} thoughts in the loss")
     for name, value in (("row scored alone", outcome.alone), ("rollout", outcome.rollout)):

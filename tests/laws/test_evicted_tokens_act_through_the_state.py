@@ -25,9 +25,11 @@ def test_slots_out_of_use_are_never_read(family, eviction):
         model(**prompts, past_key_values=cache)
         for step in range(width, rollout.input_ids.shape[1]):
             if poison:
+                used = cache.rows.visible_slots(cache.layers[0].keys.shape[2])
                 for _, layer in cache.thought_layers:
-                    for block in layer.store.block:
-                        block[:, :, layer.slots :] = torch.nan
+                    for block in (layer.keys, layer.values):
+                        # Attention multiplies what it does not see by zero: a number, however large, and not nan.
+                        block.masked_fill_(~used[:, None, :, None], 1e3)
             output = model(
                 input_ids=rollout.input_ids[:, step : step + 1],
                 attention_mask=rollout.attention_mask[:, : step + 1],

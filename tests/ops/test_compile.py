@@ -91,7 +91,7 @@ def test_operations_are_declared_as_they_behave():
     case = make_case(padded=True)
     folded = torch.randn(2, 5, 40, device=DEVICE)
     cached = (case["state"], case["keys"].nan_to_num(), case["values"].nan_to_num(), case["slots"], folded)
-    rest = (case["value_projection"], None, None, case["valid"], 0.3, "linear", False)
+    rest = (case["value_projection"], None, None, case["valid"], None, 0.3, "linear", False)
     torch.library.opcheck(_compress, (*cached, *rest), test_utils=checks)
 
 

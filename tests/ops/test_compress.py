@@ -12,9 +12,21 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, to
 
 
 def make_case(
-    L=2, B=3, G=2, C=11, head_dim=20, E=5, Q=5, R=6, rotary_dim=None, padded=False, dtype=torch.float32, seed=0
+    L=2,
+    B=3,
+    G=2,
+    C=11,
+    head_dim=20,
+    E=5,
+    Q=5,
+    R=6,
+    rotary_dim=None,
+    padded=False,
+    dtype=torch.float32,
+    seed=0,
+    due=None,
 ):
-    """Random operands; slots that do not leave, and padded ones, hold NaN."""
+    """Random operands; slots that do not leave, padded ones, and those of rows that are not ``due`` (None: all are), hold NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -22,19 +34,20 @@ def make_case(
 
     D = G * head_dim
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    slots = torch.randperm(C, generator=generator)[:E]
+    rows = list(range(B)) if due is None else due
+    slots = torch.stack([torch.randperm(C, generator=generator)[:E] for _ in rows])
     valid = None
     if padded:
-        valid = torch.rand(B, E, generator=generator) > 0.4
+        valid = torch.rand(len(rows), E, generator=generator) > 0.4
         valid[-1] = False
     keys, values = randn(L, B, G, C, head_dim), randn(L, B, G, C, head_dim)
     dead = torch.ones(B, C, dtype=torch.bool)
-    dead[:, slots] = False if valid is None else ~valid
+    dead[rows] = dead[rows].scatter(1, slots, torch.zeros_like(slots, dtype=torch.bool) if valid is None else ~valid)
     keys.masked_fill_(dead[None, :, None, :, None], torch.nan)
     values.masked_fill_(dead[None, :, None, :, None], torch.nan)
     cos = sin = None
     if rotary_dim:
-        angles = randn(B, E, rotary_dim // 2) * 3
+        angles = randn(len(rows), E, rotary_dim // 2) * 3
         cos, sin = angles.cos() / 1.1, -angles.sin() / 1.1
         if valid is not None:
             cos, sin = (part.masked_fill(~valid[..., None], torch.nan) for part in (cos, sin))
@@ -49,6 +62,7 @@ def make_case(
         "cos": cos,
         "sin": sin,
         "valid": valid,
+        "rows": None if due is None else torch.tensor(due),
     }
     floats = {"state", "query", "key_projection", "value_projection", "cos", "sin"}
     case = {name: part.to(kept) if name in floats and part is not None else part for name, part in case.items()}
@@ -72,24 +86,26 @@ def oracle(case, gain, attention, style):
     case = {
         name: part.double() if part is not None and part.is_floating_point() else part for name, part in case.items()
     }
-    out = torch.empty_like(case["state"])
+    out = case["state"].clone()
     layers, batch = case["keys"].shape[:2]
+    due = list(range(batch)) if case["rows"] is None else case["rows"].tolist()
     for layer in range(layers):
-        for row in range(batch):
-            tokens = [e for e in range(len(case["slots"])) if case["valid"] is None or case["valid"][row, e]]
+        for place, row in enumerate(due):
+            slots = case["slots"][place]
+            tokens = [e for e in range(len(slots)) if case["valid"] is None or case["valid"][place, e]]
             scores, rows = [], []
             for e in tokens:
-                key = case["keys"][layer, row, :, case["slots"][e]].clone()
+                key = case["keys"][layer, row, :, slots[e]].clone()
                 if case["cos"] is not None:
                     half = case["cos"].shape[-1]
                     for pair in range(half):
                         one, two = (2 * pair, 2 * pair + 1) if style == "interleaved" else (pair, pair + half)
-                        cos, sin = case["cos"][row, e, pair], case["sin"][row, e, pair]
+                        cos, sin = case["cos"][place, e, pair], case["sin"][place, e, pair]
                         first, second = key[:, one].clone(), key[:, two].clone()
                         key[:, one], key[:, two] = first * cos - second * sin, second * cos + first * sin
                 projected = case["key_projection"][layer] @ key.flatten()
                 scores.append(case["query"][layer] @ projected / case["query"].shape[-1] ** 0.5)
-                rows.append(case["value_projection"][layer] @ case["values"][layer, row, :, case["slots"][e]].flatten())
+                rows.append(case["value_projection"][layer] @ case["values"][layer, row, :, slots[e]].flatten())
             total = case["state"][layer, row].clone()
             if tokens:
                 scores = torch.stack(scores, dim=-1)
@@ -152,6 +168,22 @@ def test_compress(impl, shape, attention, style):
     assert_compresses(make_case(**SHAPES[shape]), impl, attention, style)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"C": 300, "E": 250, "head_dim": 16}], ids=["whole", "split"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("due", [[2], [3, 0], [1, 2, 0]], ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rows_that_are_due_and_no_others(impl, due, padded, sizes):
+    case = make_case(B=4, rotary_dim=16, padded=padded, due=due, **sizes)
+    assert_compresses(case, impl, "softmax")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_slots_of_another_number_of_rows(impl):
+    case = make_case(due=[0, 1])
+    with pytest.raises(ValueError, match="one row for each of the 3 rows that are due, got 2"):
+        compress_(**{**case, "rows": None}, impl=impl)
+
+
 @pytest.mark.parametrize("attention", ["linear", "softmax", "slots"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -193,7 +225,8 @@ def test_an_empty_state_stays_empty(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_equals_encode_layer_by_layer(impl, attention):
     case = make_case(head_dim=24)
-    rows = [case[name].index_select(3, case["slots"]).transpose(2, 3).flatten(3) for name in ("keys", "values")]
+    index = case["slots"][None, :, None, :, None].expand(2, -1, 2, -1, 24)
+    rows = [case[name].gather(3, index).transpose(2, 3).flatten(3) for name in ("keys", "values")]
     projections = [case[name] for name in ("key_projection", "value_projection")]
     layers = zip(case["state"].clone(), case["query"], *rows, *projections, strict=True)
     expected = torch.stack(

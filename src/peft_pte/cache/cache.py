@@ -1,18 +1,16 @@
-"""`PTECache`: a KV cache of fixed size that hands over what it evicts.
+"""`PTECache`: a KV cache of fixed size, and the thought state of its rows.
 
-The prompt is never evicted. Thoughts live in ``W`` slots; when one must be written and the window is full, ``m`` leave
-together and are queued, per layer, for encoding. The cache carries the thought state of its sequences, and knows nothing
-of who encodes.
-
-Towards transformers it is a ``Cache`` whose full-attention layers answer in *slots* where masks are made
-(``get_mask_sizes``, ``get_query_offset``) and in absolute tokens where bookkeeping is (``get_seq_length``).
+The prompt is never evicted. Thoughts live in ``W`` slots per row; before one is written to a full window, ``m`` leave together and
+are encoded. Each row has its own clock (:mod:`peft_pte.cache.rows`); what a layer holds is in :mod:`peft_pte.cache.store`. The cache
+knows nothing of who encodes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +25,12 @@ from transformers.cache_utils import (
 )
 
 from ..config import PTEConfig
-from ..method.state import ThoughtState
+from ..method.state import LayerState, Reading, ThoughtState
 from .eviction import make_policy
-from .slots import Place, SlotTable
-from .thought_layer import ThoughtLayer
+from .fixed import FixedAddresses
+from .rows import Rows
+from .schedule import held_after
+from .store import Place, SharedSlots, ThoughtLayer
 
 
 class RowTensors(Protocol):
@@ -44,7 +44,7 @@ class RowTensors(Protocol):
 
 
 class PTECache(Cache):
-    """The KV cache of Progressive Thought Encoding, with the thought state of its sequences.
+    """The KV cache of Progressive Thought Encoding, with the thought state of its rows.
 
     ``model.generate`` makes one by itself. Make one yourself to keep a conversation, to save it (``torch.save``), or to
     move it (``.to``).
@@ -52,48 +52,57 @@ class PTECache(Cache):
     Args:
         model_config: The config of the (base) model.
         pte_config: The config of the adapter that will use it.
+        static: Whether everything stays at its address, so that a decoding step can be compiled and captured in a graph;
+            ``generate(cache_implementation="static")`` makes such a one.
 
     Attributes:
-        prompt_length: Columns of the prompt ``P``, as far as it was seen.
+        rows: What each row has written, once there are rows.
         prompt_ends: First thought column of each row among the columns of its caller, ``[B]``, once it is known.
         open_prompt: What the rule must know of prompts that have not come to their end; ``None``: what follows is thoughts.
-        evictions: Evictions so far.
-        padding: Columns seen so far that were padding, ``[B]``; ``None``: no mask was given.
-        ragged: Whether some sequences ended before others: nothing can be added to those.
         interrupted: Whether a call that wrote to it did not come to its end: its layers hold different tokens.
         adapter: Name of the adapter whose states these are, once one used the cache.
         running: The pass that writes to it (:class:`peft_pte.passes.block.Pass`), while one runs.
-        state: The thought state of the sequences.
+        state: The thought state of the rows.
 
     Raises:
-        NotImplementedError: The model has layers whose memory the window cannot bound, or none that grows.
+        NotImplementedError: A layer of the model keeps something that cannot be bounded, or has no form at fixed addresses.
     """
 
-    step_prepared = False
-
-    def __init__(self, model_config: PreTrainedConfig, pte_config: PTEConfig) -> None:
-        layers: list[Any] = list(DynamicCache(config=model_config).layers)
+    def __init__(self, model_config: PreTrainedConfig, pte_config: PTEConfig, static: bool = False) -> None:
         self.window = pte_config.cache_window
+        self.tokens_per_eviction = 0 if self.window is None else pte_config.tokens_per_eviction
+        self.policy = make_policy(pte_config.eviction)
+        self.fixed = FixedAddresses() if static else None
+        self.shared = SharedSlots() if static else None
+        layers: list[Any] = list(DynamicCache(config=model_config).layers)
         if self.window is not None:
-            layers = [_bounded(layer, index, self.window) for index, layer in enumerate(layers)]
+            made = partial(ThoughtLayer, self.window, self.policy, shared=self.shared)
+            layers = [_bounded(layer, made, index) for index, layer in enumerate(layers)]
             if not any(isinstance(layer, ThoughtLayer) for layer in layers):
                 raise NotImplementedError(
                     f"`cache_window` has nothing to bound: every layer of {type(model_config).__name__} already has "
                     "memory of fixed size. Use PTEConfig(cache_window=None), or plain LoRA."
                 )
-            self.tokens_per_eviction = pte_config.tokens_per_eviction
         super().__init__(layers=layers)
-        self.policy = make_policy(pte_config.eviction)
+        if static and (self.window is None or len(self.thought_layers) < len(self.layers)):
+            raise NotImplementedError(
+                f"A static cache needs a bounded window in all layers, got cache_window={self.window} and, in "
+                f"{type(model_config).__name__}, {len(self.layers) - len(self.thought_layers)} layers of sliding or linear "
+                "attention. Leave `cache_implementation` unset."
+            )
         self.fingerprint = fingerprint(pte_config)
         self.state = ThoughtState(len(layers))
+        self._forget()
+
+    def _forget(self) -> None:
         self.adapter: str | None = None
-        self.evictions = 0
-        self.prompt_length: int | None = None
+        self.rows: Rows | None = None
         self.prompt_ends: Tensor | None = None
         self.open_prompt: RowTensors | None = None
-        self.prompt_mask: Tensor | None = None
-        self.padding: Tensor | None = None
-        self.ragged = False
+        # Positions of the columns of thoughts, while a call of several tokens runs; heads that choose have their own.
+        self.column_positions: Tensor | None = None
+        # Of the slots of rows that have ended in it.
+        self.slot_positions: Tensor | None = None
         self.interrupted = False
         self.running: Any = None
 
@@ -104,12 +113,50 @@ class PTECache(Cache):
         )
 
     @property
+    def static(self) -> bool:
+        """Whether everything stays at its address."""
+        return self.fixed is not None
+
+    @property
+    def prompt_length(self) -> int | None:
+        """Slots of the prompts ``P``, as far as they were seen; ``None`` before anything was."""
+        return None if self.rows is None else self.rows.prompt
+
+    @property
+    def evictions(self) -> int:
+        """Evictions of the row that had most."""
+        return 0 if self.rows is None else self.rows.evictions
+
+    @property
+    def room(self) -> int:
+        """Thoughts that can be written before the next eviction of any row."""
+        window, counts = self.window or 0, [0] if self.rows is None else self.rows.bound
+        return min(window - held_after(count, window, self.tokens_per_eviction) for count in counts)
+
+    def window_positions(self, index: int) -> Tensor:
+        """``[B, 1 or G, W]``, absolute positions of the thoughts that a bounded layer holds; -1 where a slot holds none.
+
+        Raises:
+            RuntimeError: The cache is empty.
+        """
+        if self.rows is None:
+            raise RuntimeError("This cache is empty: nothing was written to it yet.")
+        own = dict(self.thought_layers)[index].slot_positions
+        held = self.rows.positions[:, None, :-1] if own is None else own
+        return held.masked_fill(~self.rows.visible()[:, None].to(held.device), -1)
+
+    @property
     def continuable(self) -> bool:
         """Whether every layer can go on from what it holds with gradients: a recurrent state is overwritten in place."""
         return not any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
 
+    @property
+    def bounds_all(self) -> bool:
+        """Whether all layers are bounded."""
+        return len(self.thought_layers) == len(self.layers)
+
     def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Tokens seen, evicted ones and padding included; all layers saw the same."""
+        """Columns seen, evicted ones and padding included."""
         if layer_idx is None:
             layer_idx = next((index for index, _ in self.thought_layers), 0)
         return super().get_seq_length(layer_idx)
@@ -122,13 +169,7 @@ class PTECache(Cache):
     @property
     def holds_thoughts(self) -> bool:
         """Whether a thought was written."""
-        return self.prompt_length is not None and self.get_seq_length() > self.prompt_length
-
-    @property
-    def room(self) -> int:
-        """Thoughts that can be written before the next eviction."""
-        _, layer = self.thought_layers[0]
-        return layer.window - layer.thoughts
+        return self.rows is not None and max(self.rows.bound) > 0
 
     @property
     def is_croppable(self) -> bool:
@@ -138,55 +179,95 @@ class PTECache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of everything held: keys, values, states, bookkeeping."""
-        tensors: list[Tensor] = [*self.state.tensors()]
-        tables = {id(layer.table): layer.table for _, layer in self.thought_layers if layer.has_table}
-        for table in tables.values():
-            tensors.extend(table.tensors())
+        tensors: list[Tensor] = [*self.state.tensors(), *self._row_tensors()]
+        if self.fixed is not None:
+            tensors.extend(self.fixed.states.values())
         for layer in self.layers:
-            if isinstance(layer, ThoughtLayer):
-                tensors.extend(layer.tensors())
-            else:
-                tensors.extend(_own_tensors(layer))
-        tensors.extend(self._row_tensors())
+            tensors.extend(layer.tensors() if isinstance(layer, ThoughtLayer) else _own_tensors(layer))
         return sum(map(held_bytes, tensors))
 
-    def begin(self, columns: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
-        """Say how many columns of prompt come next, before they are written; until the first thought there may be more.
+    def rows_for(self, batch: int, device: torch.device) -> Rows:
+        """The clocks of ``batch`` rows, made when they are first asked for."""
+        if self.rows is None:
+            self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+        return self.rows
+
+    def count(self, rows: Rows, columns: int) -> None:
+        """Note that ``columns`` more columns of the caller were seen."""
+        rows.columns += columns
+        self.note_seen(rows.columns)
+
+    def note_seen(self, columns: int) -> None:
+        """Let ``columns`` columns have been seen."""
+        for _, layer in self.thought_layers:
+            layer.seen = columns
+
+    def unroll(self) -> int:
+        """Let what stands in slots be columns; returns how many of them are thoughts."""
+        if self.rows is None:
+            return 0
+        how = self.rows.unrolling()
+        for _, layer in self.thought_layers:
+            layer.unroll(how)
+        positions = self.rows.positions
+        self.column_positions = positions[:, : how.columns] if how.slots is None else positions.gather(1, how.slots)
+        return how.columns
+
+    def reading(self, index: int) -> Reading | None:
+        """What the adapters of a layer read in a step at fixed addresses; ``None``: it has none."""
+        state = None if self.fixed is None else self.fixed.states.get(index)
+        return None if state is None else Reading(state, state.shape[0], 1, self.adapter or "")
+
+    def replace_rows(self, rows: Sequence[int], other: PTECache) -> None:
+        """Let ``rows`` be those of ``other``, states and all: nothing of what they were is seen again.
+
+        To whoever goes on with this cache they are padded in front to the columns that it has seen: the mask of such a row is zero but for
+        its last tokens. :meth:`peft_pte.PTEModel.replace_rows` prefills ``other``.
 
         Args:
-            columns: Columns of the prompt, or of its next part, left padding included.
-            mask: ``[B, columns]``, False for padding; ``None``: no padding.
-            batch: ``B``.
-            device: Where positions are kept.
+            rows: Which rows, ``B'`` of them.
+            other: A cache of ``B'`` rows.
+
+        Raises:
+            ValueError: A row is not there, or named twice, or ``other`` holds another number of rows or is of another configuration.
+            NotImplementedError: Prompts have not come to their end, or layers that are not bounded hold other lengths.
         """
-        before = self.prompt_length or 0
-        self.prompt_length = before + columns
-        if mask is not None or self.prompt_mask is not None:
-            parts = ((self.prompt_mask, before), (mask, columns))
-            self.prompt_mask = torch.cat([_mask_or_ones(part, batch, width, device) for part, width in parts], dim=1)
-            self.padding = (~self.prompt_mask).sum(dim=1)
-        shared: SlotTable | None = None
-        for _, layer in self.thought_layers:
-            shared = shared or SlotTable.empty(batch, 1, layer.window, self.prompt_mask is not None, device)
-            layer.begin(self.prompt_length, shared)
-
-    def make_functional(self) -> None:
-        """From now on nothing held is overwritten, so that gradients flow through it (memory then grows with the graph)."""
-        for _, layer in self.thought_layers:
-            layer.make_functional()
-
-    def make_in_place(self) -> None:
-        """From now on slots are written in place again."""
-        for _, layer in self.thought_layers:
-            layer.make_in_place()
-
-    @property
-    def functional(self) -> bool:
-        """Whether nothing held is overwritten."""
-        return all(layer.functional for _, layer in self.thought_layers)
+        mine, theirs = self.rows, other.rows
+        if mine is None or theirs is None or self.fingerprint != other.fingerprint:
+            raise ValueError(
+                "`other` must be a cache of the same adapter configuration, and both must hold rows. Feed this one its first prompts before."
+            )
+        wanted = sorted({int(row) for row in rows})
+        if (
+            len(wanted) != len(rows)
+            or len(rows) != len(theirs.bound)
+            or not all(0 <= row < len(mine.bound) for row in wanted)
+        ):
+            raise ValueError(
+                f"`rows` must name {len(theirs.bound)} different rows of {len(mine.bound)}, one for each prompt, got {list(rows)}."
+            )
+        if not self.bounds_all or self.open_prompt is not None or other.open_prompt is not None:
+            raise NotImplementedError(
+                "Rows can be replaced where all layers of the model are bounded and all prompts have come to their end (see "
+                "PTEConfig.prompt_end; or give `prompt_length`). Decode the new prompts in a cache of their own."
+            )
+        mine.settle()
+        there = torch.tensor(list(rows), device=mine.device)
+        if self.prompt_ends is not None and other.prompt_ends is not None:
+            behind = max(mine.columns, theirs.columns) - theirs.columns
+            self.prompt_ends = self.prompt_ends.index_copy(0, there, other.prompt_ends + behind)
+        mine.replace(rows, theirs)
+        for (index, layer), (_, new) in zip(self.thought_layers, other.thought_layers, strict=True):
+            layer.replace(there, new, mine.prompt)
+            held, state = self.state.layers[index].value, other.state.layers[index].value
+            if held is not None and state is not None:
+                self.state.layers[index] = LayerState(held.index_copy(0, there.to(held.device), state))
+        if self.fixed is not None:
+            self.fixed.stale = True
+        self.note_seen(mine.columns)
 
     def fork(self) -> PTECache:
-        """An independent cache with the same content; no tensor is copied, so only one may write to buffers."""
+        """An independent cache with the same content; no tensor is copied, so only one may write to slots."""
         other = copy.copy(self)
         other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else _fork_own(layer) for layer in self.layers]
         other.state = self.state.fork()
@@ -198,13 +279,11 @@ class PTECache(Cache):
         layer = self.layers[index]
         layers: list[Any] = [_NoLayer()] * len(self.layers)
         other.layers = layers
-        other.layers[index] = (
-            layer.fork(with_table=not self.policy.uniform) if isinstance(layer, ThoughtLayer) else _fork_own(layer)
-        )
+        other.layers[index] = layer.fork() if isinstance(layer, ThoughtLayer) else _fork_own(layer)
         other.state = ThoughtState(len(self.layers))
         other.state.layers[index] = self.state.layers[index]
         # Nor the pass, which may keep this one: a circle would hold its masks until the garbage collector comes by.
-        other.prompt_mask = other.padding = other.prompt_ends = other.open_prompt = other.running = None
+        other.rows = other.column_positions = other.prompt_ends = other.open_prompt = other.running = None
         return other
 
     def take_layer(self, index: int, other: PTECache) -> None:
@@ -217,23 +296,28 @@ class PTECache(Cache):
         self.state.layers[index] = other.state.layers[index]
 
     def map_parts(self, function: Callable[[Any], Any]) -> None:
-        """Apply ``function`` to every tensor held, or to what stands in its place, in place."""
-        self._map_rows(function, lambda layer: _map_own(layer, function))
+        """Apply ``function`` to every tensor that layers hold, or to what stands in its place, in place."""
+        for layer in self.layers:
+            if isinstance(layer, ThoughtLayer):
+                layer.map(function)
+            else:
+                _map_own(layer, function)
+        self.state.map(function)
 
-    def adopt(self, other: PTECache) -> None:
+    def become(self, other: PTECache) -> None:
         """Become what ``other``, a fork of this cache, became."""
         self.__dict__.update(other.__dict__)
 
     def reset(self) -> None:
-        """Forget everything; the next call starts with a prompt."""
+        """Forget everything; the next call starts with a prompt. What stands at fixed addresses is used again."""
         super().reset()
         self.state.reset()
-        self.evictions, self.prompt_length, self.prompt_ends, self.open_prompt = 0, None, None, None
-        self.prompt_mask, self.padding, self.adapter, self.ragged = None, None, None, False
-        self.interrupted = False
+        if self.fixed is not None:
+            self.fixed.ready, self.fixed.stale = False, True
+        self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` thoughts back.
+        """Take the last ``-tokens_to_remove`` thoughts of every row back.
 
         Raises:
             ValueError: An evicted token, or a token of the prompt, would have to come back or go.
@@ -248,14 +332,16 @@ class PTECache(Cache):
                 "brought back. Assisted decoding works until the window is full: use a larger cache_window, or "
                 "generate without an assistant."
             )
-        thoughts = min((layer.thoughts for _, layer in self.thought_layers), default=self.get_seq_length())
+        thoughts = self.get_seq_length() if self.rows is None else min(self.rows.bound)
         if tokens_to_remove > 0 or thoughts < -tokens_to_remove:
             raise ValueError(
                 f"`tokens_to_remove` must be at most 0 and leave the prompt alone, got {tokens_to_remove}. To start "
                 "again use reset()."
             )
         super().crop(tokens_to_remove)
-        self._map_tables(lambda table: table.crop(-tokens_to_remove))
+        if self.rows is not None:
+            self.rows.take_back([-tokens_to_remove] * len(self.rows.bound))
+            self.count(self.rows, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was, state and all."""
@@ -280,35 +366,24 @@ class PTECache(Cache):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         """Apply ``function`` to every tensor of ours, and ``own`` to every layer that is the model's own."""
-        self._map_layers(function, own)
-        self._map_tables(lambda table: table.map(function))
-        self.state.map(function)
-        for name in ("prompt_mask", "padding", "prompt_ends"):
-            part = getattr(self, name)
-            setattr(self, name, None if part is None else function(part))
-        self.open_prompt = None if self.open_prompt is None else self.open_prompt.map(function)
-
-    def _row_tensors(self) -> tuple[Tensor, ...]:
-        """What is kept of the rows beside keys, values and states."""
-        parts = (self.prompt_mask, self.padding, self.prompt_ends)
-        rest = () if self.open_prompt is None else self.open_prompt.tensors()
-        return (*(part for part in parts if part is not None), *rest)
-
-    def _map_layers(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         for layer in self.layers:
             if isinstance(layer, ThoughtLayer):
                 layer.map(function)
             else:
                 own(layer)
+        self.state.map(function)
+        if self.fixed is not None:
+            self.fixed.map(function)
+        if self.rows is not None:
+            self.rows.map(function)
+        self.prompt_ends = None if self.prompt_ends is None else function(self.prompt_ends)
+        self.open_prompt = None if self.open_prompt is None else self.open_prompt.map(function)
 
-    def _map_tables(self, function: Callable[[SlotTable], SlotTable]) -> None:
-        mapped: dict[int, SlotTable] = {}
-        for _, layer in self.thought_layers:
-            if layer.has_table:
-                table = layer.table
-                if id(table) not in mapped:
-                    mapped[id(table)] = function(table)
-                layer.hold(mapped[id(table)])
+    def _row_tensors(self) -> tuple[Tensor, ...]:
+        """What is kept of the rows beside keys, values and states."""
+        rows = () if self.rows is None else self.rows.tensors()
+        ends = () if self.prompt_ends is None else (self.prompt_ends,)
+        return (*rows, *ends, *(() if self.open_prompt is None else self.open_prompt.tensors()))
 
 
 class _NoLayer:
@@ -343,6 +418,7 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
     Raises:
         TypeError: It is no PTECache.
         ValueError: It is of another adapter, or of another configuration.
+        NotImplementedError: It is static, and gradients are on.
     """
     if not isinstance(cache, PTECache):
         raise TypeError(
@@ -358,6 +434,11 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
         raise ValueError(
             f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
             "can read the other's states. Activate the first again, or start with a cache of its own."
+        )
+    if cache.static and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "A static cache is written in place, so no gradient can flow through it. Decode under torch.no_grad(), or score "
+            "without a cache."
         )
     cache.adapter = adapter
 
@@ -389,13 +470,9 @@ def _map_own(layer: Any, function: Callable[[Any], Any]) -> None:
             setattr(layer, name, held)
 
 
-def _mask_or_ones(mask: Tensor | None, batch: int, columns: int, device: torch.device) -> Tensor:
-    return torch.ones(batch, columns, dtype=torch.bool, device=device) if mask is None else mask.bool()
-
-
-def _bounded(layer: Any, index: int, window: int) -> Any:
+def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int) -> Any:
     if type(layer) is DynamicLayer:
-        return ThoughtLayer(window)
+        return made(index=index)
     if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
         return layer
     raise NotImplementedError(

@@ -22,23 +22,17 @@ class EvictionPolicy:
 
     uniform: ClassVar[bool] = False
 
-    def score(self, keys: HeadStates, valid: Tensor | None) -> HeadScores:
-        """Importance ``[B, G, N]`` of the thoughts whose keys are ``[B, G, N, head_dim]``; higher stays.
-
-        ``valid [B, G, N]`` is False for padding, which is evicted first whatever its score; ``None``: all valid.
-        """
+    def score(self, keys: HeadStates) -> HeadScores:
+        """Importance ``[B, G, N]`` of the thoughts whose keys are ``[B, G, N, head_dim]``, oldest first; higher stays."""
         raise NotImplementedError(
             f"{type(self).__name__} is uniform: it evicts the oldest thoughts and scores nothing."
         )
 
     @torch.no_grad()
-    def select(self, keys: HeadStates, valid: Tensor | None, evict: int) -> tuple[Tensor, Tensor]:
-        """Indices ``(evicted [B, G, evict], kept [B, G, N - evict])``, each in the order of the slots."""
-        score = self.score(keys, valid)
-        if valid is not None:
-            score = score.masked_fill(~valid, -torch.inf)
-        # A stable sort, so that equal scores evict the older slot on every device.
-        order = score.argsort(dim=-1, stable=True)
+    def select(self, keys: HeadStates, evict: int) -> tuple[Tensor, Tensor]:
+        """Indices ``(evicted [B, G, evict], kept [B, G, N - evict])``, each from the oldest to the newest."""
+        # A stable sort, so that equal scores evict the older thought on every device.
+        order = self.score(keys).argsort(dim=-1, stable=True)
         return order[..., :evict].sort(dim=-1).values, order[..., evict:].sort(dim=-1).values
 
 
@@ -54,11 +48,9 @@ class KeyDiff(EvictionPolicy):
     """The thoughts whose keys are most like the average key leave, per head (KeyDiff, arXiv 2504.15364)."""
 
     @checked
-    def score(self, keys: HeadStates, valid: Tensor | None) -> HeadScores:
+    def score(self, keys: HeadStates) -> HeadScores:
         """Minus the cosine similarity of each key with the mean of the unit keys of its head."""
         unit = functional.normalize(keys.float() if keys.dtype != torch.float64 else keys, dim=-1)
-        if valid is not None:
-            unit = unit * valid[..., None]
         return -functional.cosine_similarity(unit, unit.mean(dim=-2, keepdim=True), dim=-1)
 
 

@@ -159,6 +159,14 @@ class PTEEncoder(nn.Module, PTELayer):
             valid = mask.any(dim=1)
         return self._encode(adapter_name, state, _rows(keys, times), _rows(values, times), _split(valid, times))
 
+    def forward_rows(self, adapter_name: str, state: Tensor, evicted: Evicted, rows: Tensor | None) -> Tensor:
+        """``[B, Q, R]``: what ``S [B, Q, R]`` is after one eviction of ``rows [B']`` (``None``: of all)."""
+        if rows is None or self.settings[adapter_name].state_update != "progressive":
+            return state if rows is not None else self(adapter_name, state, evicted)[:, -1]
+        there = rows.to(state.device)
+        after = self(adapter_name, state.index_select(0, there), evicted)[:, -1]
+        return state.index_copy(0, there, after)
+
     def applied_rotation(self, adapter_name: str) -> Rotation | None:
         """The rotation that is undone before keys are read; ``None`` where they are read as cached."""
         return self.rotation if self.settings[adapter_name].rotation_removed else None

@@ -7,11 +7,11 @@ state, the mask and the keys and values that belong to it. Decoding is the pass 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,12 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.cache import PTECache
-from ..cache.thought_layer import ThoughtLayer
+from ..cache.store import Ending, Step, ThoughtLayer
 from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, PER_TOKEN
 from ..method.encoder import PTEEncoder
 from ..method.state import Departing, LayerState, Reading, bind
 from .plan import Chunk
 from .recompute import recomputed
+
+
+@dataclass
+class Work:
+    """What a layer is to do with one chunk."""
+
+    chunk: Chunk
+    mask: Any
+    """Over the columns that it sees."""
+    departing: Departing | None
+    """What leaves; ``None``: nothing."""
+    positions: Tensor
+    """``[B, T]``, absolute positions of its thoughts."""
+    realigned: Tensor | None
+    """``[B, columns]``, where columns go when it ends; ``None``: they stay."""
+    ending: Ending | None
+    """Rows that end in it, and are to be kept; ``None``: none."""
 
 
 @dataclass
@@ -35,32 +52,31 @@ class Pass:
     encoders: dict[int, PTEEncoder]
     """By layer; those that hold the adapter."""
     rows: int
-    chunks: tuple[Chunk, ...]
-    masks: list[Any]
-    """Of each chunk, over the slots it sees."""
-    departing: list[Departing | None]
-    """Of each chunk, which tokens leave; ``None``: none, or each head chooses for itself."""
-    positions: Tensor
-    """``[B, columns]``, absolute."""
-    valid: Tensor | None
-    """``[B, columns]``, False for padding; ``None``: no padding."""
+    columns: int
+    prompt: int
+    """Slots of the prompt when the call ends."""
     detach: bool
     """Whether keys and values are detached at every eviction."""
-    recompute: bool
-    """Whether a layer's chunk is a checkpoint of its own."""
     functional: bool
     """Whether nothing held is overwritten."""
     again: bool
     """Whether a layer may run a second time after the pass, under a checkpoint that others put around it."""
+    work: tuple[Work, ...] = ()
+    """By chunk, where several tokens come."""
+    recompute: bool = False
+    """Whether a layer's chunk is a checkpoint of its own."""
+    keep: bool = False
+    """Whether the call ends here and is to be kept."""
+    step: Step | None = None
+    """What happens to slots, where one token per row comes."""
+    mask: Any = None
+    """Over the slots that it sees."""
+    departing: Tensor | None = None
+    """``[B', 1, m]``, positions of what leaves at a step, where heads do not choose."""
     starts: dict[int, PTECache] = field(default_factory=dict)
     """What layers held when they ran first."""
     finished: set[int] = field(default_factory=set)
     """Layers that ran."""
-
-    @property
-    def columns(self) -> int:
-        """Columns of the pass."""
-        return self.positions.shape[1]
 
 
 class _Running(threading.local):
@@ -78,14 +94,20 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@contextmanager
-def running(cache: PTECache) -> Iterator[None]:
-    """Within the block, on this thread, decoder layers run the pass of ``cache``."""
-    before, _running.cache = _running.cache, cache
+def running(backbone: Callable[..., Any], cache: PTECache, this: Pass, arguments: dict[str, Any]) -> Any:
+    """What ``backbone`` returns where its decoder layers run ``this`` pass of ``cache``."""
+    # The layers' caches are those of `cache`; what runs is known to this call alone.
+    view = copy.copy(cache)
+    view.running = this
+    before, _running.cache = _running.cache, view
     try:
-        yield
+        output = backbone(**arguments, past_key_values=view)
     finally:
         _running.cache = before
+    if output.get("past_key_values") is not None:
+        output["past_key_values"] = None
+    cache.layers, cache.state = view.layers, view.state
+    return output
 
 
 def wrap(layer: nn.Module, index: int) -> None:
@@ -116,9 +138,9 @@ def unwrap(layer: nn.Module) -> None:
 
 def _forward(layer: nn.Module, index: int, names: tuple[str, ...], hooked: Any, *args: Any, **kwargs: Any) -> Any:
     given = next((part for part in (*args, *kwargs.values()) if isinstance(part, PTECache)), None)
-    if given is not None and given.step_prepared:
+    if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
-        with bind(cast(Any, given).reading(index)):
+        with bind(given.reading(index)):
             return _host(layer, hooked, kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs})
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:
@@ -144,12 +166,15 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
             # Run a second time, the layer must find what it found, whatever it has left since.
             held = this.starts.setdefault(index, held).fork()
     bounded = isinstance(held.layers[index], ThoughtLayer)
+    run = _whole if not bounded else _chunk if this.step is None else _token
     outputs: list[Any] = []
-    for number in range(len(this.chunks) if bounded else 1):
-        call = functools.partial(_chunk if bounded else _whole, this, number, layer, index, hooked)
-        inputs = _cut(arguments, this, number) if bounded else arguments
+    for number in range(len(this.work) if run is _chunk else 1):
+        call = functools.partial(run, this, number, layer, index, hooked)
+        inputs = _cut(arguments, this, number) if run is _chunk else arguments
         output, held = recomputed(call, held, inputs) if this.recompute else call(held, inputs)
         outputs.append(output)
+    if this.keep and run is _chunk:
+        cast(ThoughtLayer, held.layers[index]).rest(this.prompt)
     if this.functional and index not in this.finished:
         cache.take_layer(index, held)
         this.finished.add(index)
@@ -159,19 +184,18 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
 def _chunk(
     this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
 ) -> tuple[Any, PTECache]:
-    chunk, encoder = this.chunks[number], this.encoders.get(index)
-    content: Any = held.layers[index]
-    state, states = None, None
-    if encoder is not None:
-        state = held.state.layers[index].value
-        if state is None:
-            state = encoder.initial_state(this.adapter).expand(this.rows, -1, -1)
-        states = state
+    work, encoder = this.work[number], this.encoders.get(index)
+    chunk, content = work.chunk, cast(ThoughtLayer, held.layers[index])
+    state = states = _state(this, index, held)
     # Evict.
-    if chunk.evictions:
+    if work.departing is None:
+        content.drop(chunk.drop)
+    else:
         if this.detach:
             content.map(Tensor.detach)
-        evicted = content.evict(held.policy, held.tokens_per_eviction, chunk.evictions, this.departing[number])
+        evicted = content.evict(
+            held.tokens_per_eviction, chunk.evictions * held.tokens_per_eviction, chunk.drop, work.departing
+        )
         # Encode.
         if encoder is not None and state is not None:
             after = encoder(this.adapter, state, evicted, chunk.evictions)
@@ -179,17 +203,54 @@ def _chunk(
     if state is not None:
         held.state.layers[index] = LayerState(state)
     # Attend, and write.
-    if not held.policy.uniform:
-        thoughts = slice(chunk.stop - chunk.thoughts - this.chunks[0].start, chunk.stop - this.chunks[0].start)
-        content.record(this.positions[:, thoughts], None if this.valid is None else this.valid[:, thoughts])
-    arguments = {**arguments, "attention_mask": this.masks[number]}
+    content.expect(chunk.prompt, work.positions)
+    reading = None if states is None else Reading(states, this.rows, chunk.length, this.adapter)
+    output = _attend(layer, index, hooked, held, reading, {**arguments, "attention_mask": work.mask})
+    if work.realigned is not None:
+        content.realign(work.realigned)
+    if work.ending is not None:
+        content.keep(work.ending, this.prompt)
+    content.drop(content.columns - chunk.kept)
+    return output, held
+
+
+def _token(
+    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+) -> tuple[Any, PTECache]:
+    step, encoder = cast(Step, this.step), this.encoders.get(index)
+    content, state = cast(ThoughtLayer, held.layers[index]), _state(this, index, held)
+    # Evict, and encode the rows that are due.
+    if step.leaving is not None:
+        if this.detach:
+            content.map(Tensor.detach)
+        evicted = content.lose(step.leaving, this.departing)
+        if encoder is not None and state is not None:
+            state = encoder.forward_rows(this.adapter, state, evicted, step.leaving.rows)
+    if state is not None:
+        held.state.layers[index] = LayerState(state)
+    # Attend, and write.
+    content.ready(step, step.place.to(content.at_rest.keys.device))
+    reading = None if state is None else Reading(state, this.rows, 1, this.adapter)
+    return _attend(layer, index, hooked, held, reading, {**arguments, "attention_mask": this.mask}), held
+
+
+def _state(this: Pass, index: int, held: PTECache) -> Tensor | None:
+    """``S [B, Q, R]`` of a layer that has an encoder."""
+    state, encoder = held.state.layers[index].value, this.encoders.get(index)
+    if state is None and encoder is not None:
+        return encoder.initial_state(this.adapter).expand(this.rows, -1, -1)
+    return None if encoder is None else state
+
+
+def _attend(
+    layer: nn.Module, index: int, hooked: Any, held: PTECache, reading: Reading | None, arguments: dict[str, Any]
+) -> Any:
+    """The host's layer on its tokens and on what its cache layer holds, which takes what it writes."""
     for name in CACHE_NAMES:
         if name in arguments:
             arguments[name] = _Slots(held, index)
-    with bind(None if states is None else Reading(states, this.rows, chunk.length, this.adapter)):
-        output = _host(layer, hooked, arguments)
-    content.settle()
-    return output, held
+    with bind(reading):
+        return _host(layer, hooked, arguments)
 
 
 def _whole(
@@ -229,10 +290,11 @@ def _cut(arguments: dict[str, Any], this: Pass, number: int) -> dict[str, Any]:
     Raises:
         NotImplementedError: The layer takes a tensor with a token axis that is not known.
     """
-    if len(this.chunks) == 1:
+    if len(this.work) == 1:
         return arguments
-    start = this.chunks[number].start - this.chunks[0].start
-    part = slice(start, start + this.chunks[number].length)
+    chunk = this.work[number].chunk
+    start = chunk.start - this.work[0].chunk.start
+    part = slice(start, start + chunk.length)
     cut: dict[str, Any] = {}
     for name, value in arguments.items():
         if name in PER_TOKEN:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..cache.cache import PTECache
-from ..seam import Seam
+from ..cache.rows import Rows
+from ..seam import Generation, Seam
 from .boundary import Columns
 
 # Inputs with one entry per token.
@@ -49,6 +50,17 @@ class Call:
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
+    def bounded(self) -> tuple[PTECache, Rows]:
+        """The cache, and the clocks of its rows.
+
+        Raises:
+            RuntimeError: There is no cache, or nothing was written to it.
+        """
+        if self.cache is None or self.cache.rows is None:
+            raise RuntimeError("A thought needs a cache that holds a prompt.")
+        return self.cache, self.cache.rows
+
+    @property
     def columns(self) -> Columns:
         """What the rule for the end of a prompt reads."""
         mask = None if self.mask is None else self.mask[:, self.seen :]
@@ -77,7 +89,7 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     mask = rest.pop("attention_mask", None)
     seen = 0
     if isinstance(cache, PTECache):
-        refuse_ragged(cache)
+        refuse_interrupted(cache)
         seen = cache.get_seq_length()
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -96,7 +108,9 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
         raise NotImplementedError(f"`position_ids` must be 2D, got shape {tuple(positions.shape)}.")
     use_cache = rest.pop("use_cache", None)
     if use_cache is None:
-        use_cache = bool(getattr(seam.text_config, "use_cache", False))
+        # What a training step wrote nobody goes on with, and to keep it would cost what the window saves.
+        training = seam.backbone.training and torch.is_grad_enabled()
+        use_cache = bool(getattr(seam.text_config, "use_cache", False)) and not training
     if seam.checkpoints_layers() and torch.is_grad_enabled():
         use_cache = False
     return_dict = rest.pop("return_dict", None)
@@ -111,66 +125,124 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     )
 
 
-def positions_of(call: Call, seen: int) -> Tensor:
-    """The k-th real token of a row has position k, whatever was evicted and however it is padded."""
+def positions_of(call: Call, generation: Generation | None) -> Tensor:
+    """``[B, N]``: the k-th real token of a row has position k, whatever was evicted and however it is padded."""
     if call.positions is not None:
-        return call.positions
+        shift = None if generation is None else generation.shift
+        return call.positions if shift is None else call.positions - shift[:, None]
     batch, columns = call.shape
-    if call.mask is not None:
+    rows = None if call.cache is None else call.cache.rows
+    new = None if call.mask is None else call.mask[:, call.seen :].long()
+    if rows is None and new is not None and call.mask is not None:
         return (call.mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -columns:]
-    return torch.arange(seen, seen + columns, device=call.device).expand(batch, -1)
+    if rows is None:
+        return torch.arange(call.seen, call.seen + columns, device=call.device).expand(batch, -1)
+    rank = torch.arange(columns, device=call.device) if new is None else (new.cumsum(dim=-1) - 1).clamp(min=0)
+    return rows.lengths[:, None] + rank
 
 
-def refuse_ragged(cache: PTECache) -> None:
-    """Refuse to continue sequences of which some ended before others when they were scored.
+def mask_by_column(past: Tensor | None, new: Tensor | None, seen: int, like: Tensor) -> Tensor | None:
+    """``[B, seen + T]``, False for padding, by the column: what layers that evict nothing count; ``None``: no padding.
+
+    Args:
+        past: ``[B, .]``, of the first columns; those behind them up to ``seen`` hold tokens.
+        new: ``[B, T]``, of the new ones.
+        seen: Columns before.
+        like: ``[B, T, ...]``.
+    """
+    if past is None and new is None:
+        return None
+    real = torch.ones(like.shape[0], seen + like.shape[1], dtype=torch.long, device=like.device)
+    if past is not None:
+        real[:, : past.shape[1]] = past
+    if new is not None:
+        real[:, seen:] = new
+    return real
+
+
+def refuse_interrupted(cache: PTECache) -> None:
+    """Refuse to go on from what a call left half done.
 
     Raises:
-        NotImplementedError: What was padding behind their ends stands in the window.
+        RuntimeError: A call that wrote to the cache was interrupted.
     """
     if cache.interrupted:
         raise RuntimeError(
             "A call that wrote to this cache was interrupted, so its layers hold different tokens. Prefill again: with "
             "`cache.reset()`, or a new cache."
         )
-    if cache.ragged:
-        raise NotImplementedError(
-            "This cache holds scored sequences of different lengths, and padding took slots of the window in the shorter "
-            "ones. Continue sequences of one length, one conversation per call, or prefill again without the cache."
-        )
 
 
-def check_continuation(call: Call, cache: PTECache, seen: int, later_turn: bool, unwatched: bool) -> None:
-    """Refuse a mask that contradicts the cache, or padding that would take the window's slots.
+def check_continuation(call: Call, generation: Generation | None) -> None:
+    """Let each row go on from its own end, and refuse a mask that contradicts what was written. `generate` is looked at once.
 
-    ``later_turn``: the new columns are thoughts; ``unwatched``: `generate` calls, which pads no single column, and no token
-    of it waits for the device.
+    Columns behind a row's own end-of-sequence token are padding, whether the mask shows them or not. A row that ended otherwise can be told
+    by a mask that hides its last columns: they are taken back, where they have not evicted anything.
 
     Raises:
-        ValueError: The mask is missing, or hides what was cached as real (or the other way round).
-        NotImplementedError: Some of several new columns are padding.
+        ValueError: The mask is missing, or hides what cannot be taken back, or shows padding.
+        NotImplementedError: A row ended, and layers of the model that are not bounded have read on.
     """
+    cache = call.cache
+    rows = None if cache is None else cache.rows
+    if cache is None or rows is None or (generation is not None and generation.started):
+        return
+    rows.settle()
+    empty, unused = rows.empty, rows.unused
+    if unused is not None and not cache.bounds_all and bool(unused.any()):
+        raise NotImplementedError(_ENDED_IN_A_HYBRID)
     if call.mask is None:
-        if cache.padding is not None and call.positions is None and bool(cache.padding.any()):
+        if call.positions is None and bool((empty if unused is None else empty - unused).any()):
             raise ValueError(
-                f"`attention_mask` must go on covering the {seen} tokens seen, some of which are padding; got None. Append "
+                f"`attention_mask` must go on covering the {call.seen} tokens seen, some of which are padding; got None. Append "
                 "ones for the new tokens, as `generate` does."
             )
+        _hide_last_padding(call, rows, generation)
         return
-    if call.shape[1] == 1 and unwatched:
-        return
-    padding = torch.zeros(call.shape[0], device=call.device) if cache.padding is None else cache.padding
-    if bool(((~call.mask[:, :seen]).sum(dim=1) != padding).any()):
+    past = call.mask[:, : call.seen]
+    hidden = (~past).sum(dim=1)
+    least = empty if unused is None else empty - unused
+    back = (hidden - empty).clamp(min=0)
+    trailing = (~past).flip(1).long().cumprod(dim=1).sum(dim=1)
+    wrong, some, shown = torch.stack(
+        [((hidden < least) | (back > trailing)).any(), (back > 0).any(), (hidden < empty).any()]
+    ).tolist()
+    if wrong or (some and not cache.bounds_all) or (some and not rows.take_back(back.tolist())):
         raise ValueError(
-            "`attention_mask` hides tokens that were cached as real, or shows padding: what was written cannot be taken "
-            "back. (After an end of sequence `generate` writes padding as real tokens.) Continue the rows that ended "
-            "together, or prefill the conversation again without the cache."
+            "`attention_mask` hides tokens that were cached as real and cannot be taken back, or shows padding. A row that ended "
+            "without its end-of-sequence token can go on from there while what came behind has evicted nothing: generate with that "
+            "`eos_token_id`, or prefill the conversation again without the cache."
         )
-    if later_turn and bool((~call.mask[:, seen:]).any()):
-        raise NotImplementedError(
-            "`attention_mask` pads a later turn (or a row that ended): padding would take slots of the window, which all rows "
-            "share, and evict thoughts earlier than without it. Use turns of one length, one conversation per call, or prefill "
-            "again without the cache."
-        )
+    if generation is not None and shown:
+        # `generate` counts positions by its mask, which shows what a row was given behind its end.
+        generation.shift = empty - hidden
+    _hide_last_padding(call, rows, generation)
+
+
+def _hide_last_padding(call: Call, rows: Rows, generation: Generation | None) -> None:
+    """Take what the generation before appended last, and never fed, for what it is in rows that had ended: padding."""
+    ended, rows.ended = rows.ended, None
+    ids = call.tokens.get("input_ids")
+    if ended is None or ids is None or rows.padding_token is None:
+        return
+    batch, columns = call.shape
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(batch, call.seen + columns, dtype=torch.bool, device=call.device)
+    padding = ended & (ids[:, 0] == rows.padding_token) & mask[:, call.seen]
+    if not bool(padding.any()):
+        return
+    call.mask = mask.clone()
+    call.mask[:, call.seen] &= ~padding
+    if generation is not None:
+        more = padding.long()
+        generation.shift = more if generation.shift is None else generation.shift + more
+
+
+_ENDED_IN_A_HYBRID = (
+    "Rows of this cache have ended before others, and the sliding or linear attention of this model has read the padding that came behind "
+    "their ends, which cannot be taken back. Prefill these conversations again without the cache."
+)
 
 
 def refuse_packed(positions: Tensor | None, mask: Tensor | None) -> None:

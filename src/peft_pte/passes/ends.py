@@ -17,12 +17,11 @@ def find_ends(seam: Seam, adapter: str, call: Call, prompt: PromptSpec) -> Promp
 
     Raises:
         ValueError: They cannot be told and must be, or ``prompt_length`` contradicts what was written.
-        NotImplementedError: Rows are to be decoded together whose prompts end at different steps.
     """
     cache, generation = call.cache, seam.generation(call.cache)
     if generation is not None:
         prompt = generation.take()
-    if cache is not None and cache.prompt_length is not None and cache.open_prompt is None:
+    if cache is not None and cache.rows is not None and cache.open_prompt is None:
         if prompt.length is not None and cache.holds_thoughts:
             _check_known_length(cache, prompt.length, call)
         if prompt.length is None or cache.holds_thoughts:
@@ -51,14 +50,11 @@ def _check_known_length(cache: PTECache, length: Any, call: Call) -> None:
 
 
 def _check_generation(rule: Any, ends: PromptEnds) -> None:
-    """Refuse a prefill after which the rows would not be in step, or would never come to an eviction."""
+    """Refuse a prefill after which a row would never come to an eviction."""
     if ends.open is None:
         return
     open_rows = ends.open.rows
     if isinstance(rule, int):
-        missing = (rule - ends.open.real).clamp(min=0)
-        if bool((missing != missing[0]).any()):
-            raise NotImplementedError(RAGGED)
         return
     if bool(open_rows.any()):
         raise ValueError(
@@ -66,10 +62,3 @@ def _check_generation(rule: Any, ends: PromptEnds) -> None:
             "not occur there, so all that follows would be prompt and nothing would ever be evicted. Apply the chat template "
             "(add_generation_prompt=True), or say where the prompt ends: generate(..., prompt_length=input_ids.shape[1])."
         )
-
-
-RAGGED = (
-    "Rows of this batch differ in the number of tokens after the end of their prompts, and rows that are decoded together share one "
-    "clock: an eviction comes to all of them at once. Generate rows of one number of thoughts together (one row at a time always "
-    "works), or give `prompt_length` so that all of the input is prompt."
-)

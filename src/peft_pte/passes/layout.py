@@ -1,8 +1,9 @@
-"""A layout in which the prompts of all rows end in the same column.
+"""Rows side by side: a layout in which the prompts of all rows end in the same column, and evictions come in the same columns.
 
-A batch to score may pad anywhere: TRL pads prompts left and completions right, an SFT collator pads right and its
-prompts end at different columns. A call runs in one layout: prompts end in column ``P``, thoughts start there, padding
-is outside both. Rows already so are left alone; others are moved, and their outputs moved back.
+A batch may pad anywhere: TRL pads prompts left and completions right, an SFT collator pads right, a later turn of a conversation is
+padded to the longest. A call runs in one layout: prompts end in column ``P``, thoughts follow without a gap. A row whose clock is in the
+middle of a block where those of others are not is padded in front. Rows already so are left alone; others are moved, and their outputs
+moved back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cache.rows import Clocks
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -22,14 +25,21 @@ class Layout:
     """``P``, columns of the prompts, left padding included."""
     columns: int
     """``P + T``."""
+    thoughts: tuple[int, ...]
+    """Thoughts of each row."""
+    offsets: tuple[int, ...]
+    """Columns of padding in front of the thoughts of each row."""
     source: Tensor | None = None
     """``[B, P + T]``, the input column that each column came from; ``None``: rows were left alone."""
     target: Tensor | None = None
     """``[B, N]``, the column that each input column went to; ``P + T`` for padding."""
     mask: Tensor | None = None
     """``[B, P + T]``, False for padding; ``None``: no padding."""
-    ragged: bool = False
-    """Whether padding stands among the columns of the thoughts: rows differ in their number."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows differ in their number of thoughts, or start apart."""
+        return len(set(self.thoughts)) > 1 or any(self.offsets)
 
     def pack(self, rows: Tensor) -> Tensor:
         """``[B, N, ...] -> [B, P + T, ...]``."""
@@ -46,11 +56,16 @@ class Layout:
 
 
 def lay_out(
-    boundaries: Tensor, mask: Tensor | None, columns: int, agree: Callable[[int, int], tuple[int, int]] | None = None
+    boundaries: Tensor,
+    mask: Tensor | None,
+    columns: int,
+    clocks: Clocks | None = None,
+    agree: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Layout:
     """The layout of rows whose thoughts start at ``boundaries [B]`` and whose real tokens are ``mask [B, N]``.
 
-    ``agree`` may ask for more columns of prompt and of thoughts than the rows need.
+    ``clocks`` say where rows stand, if they have written thoughts before; ``agree`` may ask for more columns of prompt and of thoughts
+    than the rows need.
     """
     column = torch.arange(columns, device=boundaries.device)
     thought = column >= boundaries[:, None]
@@ -62,23 +77,25 @@ def lay_out(
         & ~(before[:, :-1] & ~real[:, 1:] & ~thought[:, 1:]).any()
         & ~(after[:, 1:] & ~real[:, :-1] & thought[:, :-1]).any()
     )
-    thoughts = after.sum(dim=1)
-    is_aligned, first, widest, longest, shortest = torch.stack(
-        [aligned.long(), boundaries[0], before.sum(dim=1).amax(), thoughts.amax(), thoughts.amin()]
-    ).tolist()
+    head = torch.stack([aligned.long(), boundaries[0], before.sum(dim=1).amax()])
+    is_aligned, first, widest, *counts = torch.cat([head, after.sum(dim=1)]).tolist()
+    thoughts = tuple(counts)
+    offsets = (0,) * len(thoughts) if clocks is None else clocks.offsets(thoughts)
+    longest = max(offset + count for offset, count in zip(offsets, thoughts, strict=True))
+    is_aligned = is_aligned and not any(offsets)
     needed = (first, columns - first) if is_aligned else (widest, longest)
     widest, longest = needed if agree is None else agree(*needed)
-    ragged = longest != shortest
     if is_aligned and (widest, longest) == needed:
-        return Layout(first, columns, mask=mask, ragged=ragged)
+        return Layout(first, columns, thoughts, offsets, mask=mask)
     total = widest + longest
     rank_before, rank_after = before.cumsum(dim=1) - 1, after.cumsum(dim=1) - 1
-    target = torch.where(before, widest - before.sum(dim=1, keepdim=True) + rank_before, widest + rank_after)
+    start = widest + torch.tensor(offsets, device=boundaries.device)[:, None]
+    target = torch.where(before, widest - before.sum(dim=1, keepdim=True) + rank_before, start + rank_after)
     target = torch.where(real, target, total)
     batch = boundaries.shape[0]
     source = column.new_zeros(batch, total + 1).scatter(1, target, column.expand(batch, -1))
     packed = torch.zeros_like(source, dtype=torch.bool).scatter(1, target, real)
-    return Layout(widest, total, source[:, :total], target, packed[:, :total], ragged)
+    return Layout(widest, total, thoughts, offsets, source[:, :total], target, packed[:, :total])
 
 
 def _like(index: Tensor, rows: Tensor) -> Tensor:

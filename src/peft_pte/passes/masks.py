@@ -8,70 +8,128 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from ..cache.schedule import first_visible
+from ..host.compat import attention_of
 from .plan import Chunk
+
+_ALWAYS = torch.iinfo(torch.int64).max
 
 
 class _Held:
-    """What a mask is told of a cache: slots in use before the chunk is written."""
+    """What a mask is told of a cache: columns before the first query."""
 
     is_compileable = False
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
 
     def get_query_offset(self, *args: Any) -> int:
-        """The slot of the first query."""
-        return self.slots
+        """The column of the first query."""
+        return self.columns
 
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
-        """Slots in all, and the first of them."""
-        return self.slots + query_length, 0
+        """Columns in all, and the first of them."""
+        return self.columns + query_length, 0
 
 
 class ChunkMasks:
-    """Makes the masks of the chunks of a call, each form once.
-
-    Padding stands in prompts alone, or behind the end of a row, where nothing real looks back on it.
+    """Makes the masks of the chunks of a call, each form once where rows are in step.
 
     Args:
         config: The text config of the model.
         dtype: What the model computes in.
+        window: ``W``.
         step: ``m``, tokens of an eviction.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, step: int) -> None:
-        self.config, self.dtype, self.step = config, dtype, step
+    def __init__(self, config: Any, dtype: torch.dtype, window: int, step: int) -> None:
+        self.config, self.dtype, self.window, self.step = config, dtype, window, step
         self._made: dict[tuple[int, ...], Any] = {}
 
-    def of(self, chunk: Chunk, prompt_mask: Tensor | None, rows: int, device: torch.device) -> Any:
-        """The mask of ``chunk``; ``prompt_mask [B, P]`` is False for padding."""
+    def in_step(self, chunk: Chunk, prompt_mask: Tensor | None, rows: int, device: torch.device) -> Any:
+        """The mask of ``chunk`` where all rows share a clock; ``prompt_mask [B, P]`` is False for padding.
+
+        Padding stands in prompts alone, or behind the end of a row, where nothing real looks back on it.
+        """
         prompt, window = chunk.held
-        gone = min(chunk.evictions, 1) * self.step
         form = (prompt, window, chunk.prompt, chunk.thoughts, chunk.evictions)
         if form not in self._made:
-            held = prompt + window - gone
-            slots = None
+            held = prompt + window - chunk.drop
+            seen = None
             if prompt_mask is not None:
-                slots = torch.ones(rows, held + chunk.length, dtype=torch.bool, device=device)
-                slots[:, :prompt] = prompt_mask[:, :prompt]
-                slots[:, held : held + chunk.prompt] = prompt_mask[:, prompt : prompt + chunk.prompt]
-            self._made[form] = create_causal_mask(
-                config=self.config,
-                inputs_embeds=torch.empty(
-                    1 if slots is None else rows, chunk.length, 0, dtype=self.dtype, device=device
-                ),
-                attention_mask=slots,
-                past_key_values=cast(Any, _Held(held)),
-                and_mask_function=_still_there(prompt, held, self.step) if chunk.evictions > 1 else None,
-            )
+                seen = torch.ones(rows, held + chunk.length, dtype=torch.bool, device=device)
+                seen[:, :prompt] = prompt_mask[:, :prompt]
+                seen[:, held : held + chunk.prompt] = prompt_mask[:, prompt : prompt + chunk.prompt]
+            still_there = _still_there(prompt, held, self.step) if chunk.evictions > 1 else None
+            self._made[form] = self._make(1 if seen is None else rows, chunk.length, device, held, seen, still_there)
         return self._made[form]
+
+    def by_row(self, chunk: Chunk, prompt_mask: Tensor | None, written: Tensor, late: Tensor) -> Any:
+        """The mask of ``chunk`` where each row has its own clock.
+
+        Args:
+            chunk: The chunk.
+            prompt_mask: ``[B, P]``, False for padding; ``None``: no padding.
+            written: ``[B]``, thoughts that a row has written when the chunk starts.
+            late: ``[B]``, columns of thoughts of the chunk before a row starts.
+        """
+        prompt, window = chunk.held
+        window -= chunk.drop
+        rows, device = written.shape[0], written.device
+        held = prompt + window
+
+        def prompts(first: int, columns: int) -> Tensor:
+            if prompt_mask is None:
+                return torch.full((rows, columns), _ALWAYS, device=device)
+            return torch.where(prompt_mask[:, first : first + columns], _ALWAYS, -1)
+
+        def count(columns: int, first: Tensor) -> Tensor:
+            return torch.arange(columns, device=device) + first[:, None]
+
+        own = count(chunk.thoughts, written - late)
+        standing = torch.where(own >= written[:, None], own, -1)
+        columns = [prompts(0, prompt), count(window, written - window), prompts(prompt, chunk.prompt), standing]
+        thought = torch.cat(columns, dim=1)
+        first = first_visible(
+            torch.cat([prompts(prompt, chunk.prompt).clamp(max=0), own], dim=1), self.window, self.step
+        )
+        return self._make(rows, chunk.length, device, held, None, _not_before(thought, first, held))
+
+    def of_step(self, visible: Tensor | None, slots: int, rows: int, device: torch.device) -> Any:
+        """The mask of one token per row over ``slots`` slots, of which ``visible [B, slots]`` (``None``: all) are seen."""
+        kind = attention_of(self.config)
+        if kind == "sdpa" and visible is None:
+            return None
+        if kind in ("eager", "sdpa") and visible is not None:
+            # Of numbers, or each layer would make them of the truth values again.
+            return torch.where(visible[:, None, None], 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+        visible = visible if visible is None or visible.shape[0] == rows else visible.expand(rows, -1)
+        return self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
+
+    def _make(self, rows: int, queries: int, device: torch.device, held: int, seen: Tensor | None, visible: Any) -> Any:
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=torch.empty(rows, queries, 0, dtype=self.dtype, device=device),
+            attention_mask=seen,
+            past_key_values=cast(Any, _Held(held)),
+            and_mask_function=visible,
+        )
 
 
 def _still_there(prompt: int, held: int, step: int) -> Any:
-    """The first ``m`` tokens of the chunk see all slots, the next ``m`` not the oldest ``m`` thoughts, and so on."""
+    """The first ``m`` tokens of the chunk see all columns, the next ``m`` not the oldest ``m`` thoughts, and so on."""
 
-    def visible(batch_index: Any, head_index: Any, query_index: Any, slot: Any) -> Any:
+    def visible(batch_index: Any, head_index: Any, query_index: Any, column: Any) -> Any:
         gone = (query_index - held) // step * step
-        return (slot < prompt) | (slot >= prompt + gone)
+        return (column < prompt) | (column >= prompt + gone)
+
+    return visible
+
+
+def _not_before(thought: Tensor, first: Tensor, held: int) -> Any:
+    """A column is seen if its ``thought [B, columns]`` is not before the ``first [B, queries]`` that the query sees."""
+
+    def visible(batch_index: Any, head_index: Any, query_index: Any, column: Any) -> Any:
+        return thought[batch_index, column] >= first[batch_index, query_index - held]
 
     return visible

@@ -3,6 +3,9 @@
 A layer takes the columns of a pass chunk by chunk: *evict, encode, attend, write*. Chunks are aligned on the clock
 (:mod:`peft_pte.cache.schedule`): the evictions of a chunk come ``m`` thoughts apart, from its first thought on, so that its thoughts read
 ``N`` states, ``m`` of them each. What a chunk evicts is in the window when it starts.
+
+Rows that do not share a clock are padded in front until their evictions come in the same columns; the plan is that of the row that is
+furthest, and which of the others are due is said elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +34,13 @@ class Chunk(NamedTuple):
     before: int
     """Evictions before those."""
     held: tuple[int, int]
-    """Slots in use when the chunk starts: of the prompt, and of the window before anything leaves."""
+    """Columns that the layer has when the chunk starts: of the prompt, and of thoughts before anything leaves."""
+    drop: int
+    """Columns of thoughts that are gone before anything is attended to: ``m`` of those that leave, where all rows have started."""
+    kept: int
+    """Columns of thoughts that stay when it ends."""
+    thought: int
+    """Columns of thoughts of the call before it."""
 
     @property
     def length(self) -> int:
@@ -50,8 +59,15 @@ class Counts:
 
     prompt: int
     thoughts: int
+    """By the clock of the row that is furthest."""
     new_prompt: int
     new_thoughts: int
+    window: int
+    """Columns of thoughts that layers have."""
+    late: int = 0
+    """Columns of thoughts before the last row starts."""
+    due: bool | None = None
+    """Whether an eviction comes before the only thought of a call whose rows share no clock; ``None``: they do, or are made to."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class Plan:
         columns = f"{chunk.start}..{chunk.stop - 1}"
         first = chunk.before + min(chunk.evictions, 1)
         states = f"S{first}" if chunk.evictions < 2 else f"S{first}..S{chunk.before + chunk.evictions}"
-        seen = sum(chunk.held) - min(chunk.evictions, 1) * self.step + chunk.length
+        seen = sum(chunk.held) - chunk.drop + chunk.length
         return f"{columns:>15} {chunk.prompt:>7} {chunk.thoughts:>8} {chunk.evictions:>9} {states:>9} {seen:>10}"
 
 
@@ -119,28 +135,38 @@ def make_plan(counts: Counts, sizes: Sizes) -> Plan:
 def _chunks(counts: Counts, sizes: Sizes) -> Iterator[Chunk]:
     window, step = sizes.window, sizes.step
     prompt, thought, column = counts.prompt, counts.thoughts, 0
-    last = counts.thoughts + counts.new_thoughts
+    last = counts.thoughts + (counts.new_thoughts if counts.due is None else 0)
     before = evictions_before(thought - 1, window, step) if thought else 0
+    held = counts.window
 
     def chunk(new_prompt: int, new_thoughts: int, evictions: int) -> Chunk:
-        return Chunk(column, new_prompt, new_thoughts, evictions, before, (prompt, thought - before * step))
+        done = thought - counts.thoughts
+        drop = step if evictions and done >= counts.late else 0
+        kept = held + new_thoughts
+        if new_thoughts and done + new_thoughts >= counts.late:
+            kept = min(kept, thought + new_thoughts - (before + evictions) * step)
+        return Chunk(column, new_prompt, new_thoughts, evictions, before, (prompt, held), drop, kept, done)
 
     # Before the first eviction every column sees all before it: the prompt and the first window are cut alike.
-    free = counts.new_prompt + min(max(window - thought, 0), counts.new_thoughts)
+    free = counts.new_prompt + min(max(window - thought, 0), last - counts.thoughts)
     pieces = max(1, -(-free // sizes.chunk) if free > SLACK * sizes.chunk else 1)
     for piece in range(pieces):
         length = free * (piece + 1) // pieces - free * piece // pieces
         if length:
             of_prompt = min(length, counts.prompt + counts.new_prompt - prompt)
-            yield chunk(of_prompt, length - of_prompt, 0)
-            prompt, thought, column = prompt + of_prompt, thought + length - of_prompt, column + length
+            yield (made := chunk(of_prompt, length - of_prompt, 0))
+            prompt, thought, column, held = prompt + of_prompt, thought + length - of_prompt, column + length, made.kept
     while thought < last:
         into = (thought - window) % step
         if into or sizes.chunk < step:
             # In the middle of a block nothing is due; a block longer than a chunk comes in pieces.
             length, evictions = min(step - into, sizes.chunk, last - thought), int(into == 0)
         else:
-            evictions = max(1, min(sizes.evictions, sizes.chunk // step, window // step, (last - thought) // step))
+            most = 1 if thought - counts.thoughts < counts.late else sizes.evictions
+            evictions = max(1, min(most, sizes.chunk // step, window // step, (last - thought) // step))
             length = min(evictions * step, last - thought)
-        yield chunk(0, length, evictions)
-        thought, column, before = thought + length, column + length, before + evictions
+        yield (made := chunk(0, length, evictions))
+        thought, column, before, held = thought + length, column + length, before + evictions, made.kept
+    if counts.due is not None and counts.new_thoughts:
+        evictions = int(counts.due)
+        yield Chunk(column, 0, counts.new_thoughts, evictions, before, (prompt, held), 0, held + counts.new_thoughts, 0)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..cache.cache import PTECache
-from ..cache.slots import Place
+from ..cache.store import Place
 
 
 class Parts:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 from torch import Tensor
 
 from ..cache.cache import PTECache
+from ..cache.schedule import evictions_before
 from .layout import Layout
 
 
@@ -13,21 +16,23 @@ class Statistics:
     """Running means, kept on the device until :meth:`drain`, so that watching costs no synchronisation."""
 
     def __init__(self) -> None:
-        self._scored_evictions: list[Tensor] = []
+        self._scored_evictions: list[float] = []
         self._decoded_evictions = 0
         self._norms: list[Tensor] = []
         self._decoding_bytes = 0
         self._scoring_bytes = 0
 
-    def observe(self, cache: PTECache, layout: Layout, evicted: bool, decoding: bool) -> None:
-        """Note a call that used ``cache``, ``decoding`` or scoring. A call of one token that evicted nothing has nothing to say."""
-        if layout.columns == 1 and not evicted:
+    def observe(self, cache: PTECache, layout: Layout | None, evicted: bool, decoding: bool) -> None:
+        """Note a call that used ``cache``, ``decoding`` or scoring; ``layout`` is ``None`` where it was one token per row.
+
+        A call of one token that evicted nothing has nothing to say.
+        """
+        if layout is None and not evicted:
             return
         norm = cache.state.norm()
         if norm is not None:
             self._norms = [*self._norms[-63:], norm]
-        scored = layout.columns - layout.prompt
-        if scored > 1 and not decoding:
+        if layout is not None and layout.columns - layout.prompt > 1 and not decoding:
             self._scored_evictions = [*self._scored_evictions[-63:], _evictions(cache, layout)]
             self._scoring_bytes = max(self._scoring_bytes, cache.nbytes)
         else:
@@ -42,7 +47,7 @@ class Statistics:
         """
         figures: dict[str, float] = {}
         if self._scored_evictions:
-            figures["evictions_per_sequence"] = float(torch.stack(self._scored_evictions).mean())
+            figures["evictions_per_sequence"] = fmean(self._scored_evictions)
         elif self._decoding_bytes:
             figures["evictions_per_sequence"] = float(self._decoded_evictions)
         if self._norms:
@@ -53,12 +58,7 @@ class Statistics:
         return figures
 
 
-def _evictions(cache: PTECache, layout: Layout) -> Tensor:
-    """Mean number of evictions that the thoughts of one sequence cause, a 0-d tensor."""
-    thoughts = layout.columns - layout.prompt
-    if layout.mask is None:
-        lengths = torch.tensor([float(thoughts)], device=cache.thought_layers[0][1].table.positions.device)
-    else:
-        lengths = layout.mask[:, -thoughts:].sum(dim=1).float()
-    _, layer = cache.thought_layers[0]
-    return ((lengths - layer.window) / cache.tokens_per_eviction).ceil().clamp(min=0).mean()
+def _evictions(cache: PTECache, layout: Layout) -> float:
+    """Mean number of evictions that the thoughts of one row of a call cause."""
+    window, step = cache.window or 0, cache.tokens_per_eviction
+    return fmean(evictions_before(count - 1, window, step) if count else 0 for count in layout.thoughts)

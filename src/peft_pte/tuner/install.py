@@ -21,17 +21,17 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache.cache import PTECache
-from ..cache.static_cache import StaticPTECache
 from ..host.compat import CACHE_METHOD, LOADER_METHOD, MASKS_METHOD
 from ..method.encoder import CHILD_NAME
 from ..method.layer import without_lora_arguments
 from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
-from ..passes.decode import prepare, step
 from ..passes.run import run
+from ..passes.token import prepare, step
 from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, Seam
 
 _HOOKS = "_pte_hooks"
+_GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation")
 
 
 def install(model: PreTrainedModel) -> Seam:
@@ -43,6 +43,7 @@ def install(model: PreTrainedModel) -> Seam:
     setattr(host, ATTRIBUTE, seam)
     setattr(host, CACHE_METHOD, _bound(_prepare_cache, host, getattr(type(host), CACHE_METHOD)))
     host.generate = _bound(_generate, host, type(host).generate)
+    host.prepare_inputs_for_generation = _bound(_prepare_inputs, host, type(host).prepare_inputs_for_generation)
     host.create_masks_for_generate = functools.partial(_create_masks, host)
     host.generate_batch = functools.partial(_refuse_generate_batch, host)
     hooks = [
@@ -66,7 +67,7 @@ def remove(seam: Seam) -> None:
     del backbone.forward
     if seam.dispatched is not None:
         backbone.forward = seam.dispatched
-    for name in (CACHE_METHOD, MASKS_METHOD, LOADER_METHOD, "generate", "generate_batch"):
+    for name in (CACHE_METHOD, MASKS_METHOD, LOADER_METHOD, *_GENERATION):
         host.__dict__.pop(name, None)
     for module in (host, backbone):
         module.__dict__.pop(ATTRIBUTE, None)
@@ -88,7 +89,8 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 def _is_step(arguments: dict[str, Any]) -> bool:
     """Whether these are the arguments of a step that :func:`prepare` prepared."""
     mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
-    return isinstance(cache, StaticPTECache) and cache.step_prepared and mask is not None and mask.ndim == 4
+    fixed = cache.fixed if isinstance(cache, PTECache) else None
+    return fixed is not None and fixed.ready and mask is not None and mask.ndim == 4
 
 
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +115,23 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return run(seam, adapter, arguments, seam.calls.take())
 
 
+def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    """``prepare_inputs_for_generation``, which ``generate`` calls with all that it has before every forward pass."""
+    cache = kwargs.get("past_key_values")
+    generation = getattr(self, ATTRIBUTE).generation(cache)
+    if generation is not None:
+        generation.ids = input_ids
+    inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
+    fixed = cache.fixed if isinstance(cache, PTECache) else None
+    if generation is not None and generation.shift is not None and fixed is not None and fixed.ready:
+        inputs["position_ids"] = inputs["position_ids"] - generation.shift[:, None]
+    return inputs
+
+
 def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``create_masks_for_generate``, which ``generate`` calls outside of what it compiles."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, StaticPTECache):
+    if isinstance(cache, PTECache) and cache.static:
         seam: Seam = getattr(self, ATTRIBUTE)
         return prepare(seam, cache, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs["inputs_embeds"])
     original = getattr(type(self), MASKS_METHOD, None)
@@ -148,7 +163,7 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if _is_step(kwargs):
-        kwargs["past_key_values"].step_prepared = False
+        kwargs["past_key_values"].fixed.ready = False
     else:
         _forget_call(model)
 
@@ -192,6 +207,10 @@ def _prepare_cache(
         if generation is not None:
             prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
             generation.spec = replace(generation.spec, prefill=prefill)
+            ends = generation_config.eos_token_id
+            generation.ends = [ends] if isinstance(ends, int) else ends
+            padding = generation_config.pad_token_id
+            generation.padding_token = padding if padding is not None or not generation.ends else generation.ends[0]
         if made:
             return None
     return getattr(type(self), CACHE_METHOD)(self, generation_config, model_kwargs, generation_mode, *args, **kwargs)

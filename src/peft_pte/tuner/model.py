@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
@@ -69,10 +69,46 @@ class PTEModel(BaseTuner):
         """Call the model itself, hooks and all: they tell the seam where prompts end."""
         return self.model(*args, **kwargs)
 
-    def new_cache(self, adapter_name: str | None = None) -> PTECache:
-        """An empty cache for ``adapter_name`` (default: the active adapter)."""
+    def new_cache(self, adapter_name: str | None = None, static: bool = False) -> PTECache:
+        """An empty cache for ``adapter_name`` (default: the active adapter); ``static``: at fixed addresses."""
         name = adapter_name or self.active_adapters[0]
-        return PTECache(self.model.config.get_text_config(decoder=True), self.peft_config[name])
+        return PTECache(self.model.config.get_text_config(decoder=True), self.peft_config[name], static=static)
+
+    @torch.no_grad()
+    def replace_rows(
+        self,
+        cache: PTECache,
+        rows: Sequence[int],
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        """Let ``rows`` of ``cache`` start again with new prompts: at ``S0`` and position 0, and with nothing of what they were.
+
+        To whoever goes on with the cache a row that was replaced is padded in front to the columns seen so far
+        (``cache.get_seq_length()``): its mask is zero but for the tokens of its prompt, which are last. The other rows are as they were.
+
+        Args:
+            cache: A cache that holds rows of the active adapter.
+            rows: Which of them, ``B'``.
+            input_ids: Prompts ``[B', N]``.
+            attention_mask: ``[B', N]``, zero for padding; ``None``: no padding.
+            prompt_length: Columns of the prompt, as in a call; ``None``: what `prompt_end` says, or all of them.
+
+        Returns:
+            What the model returns for the prompts: the logits of the next tokens, ``[B', N, vocabulary]``.
+
+        Raises:
+            ValueError: A row is not there or named twice, or there is not one prompt for each.
+            NotImplementedError: A prompt has not come to its end, or layers of the model are not bounded.
+        """
+        fresh = self.new_cache()
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=fresh, prompt_length=prompt_length
+        )
+        cache.replace_rows(rows, fresh)
+        output.past_key_values = cache
+        return output
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as peft does, then add the encoders of the layers that got adapters."""

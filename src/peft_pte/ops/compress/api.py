@@ -8,6 +8,7 @@ from torch import Tensor
 from ...shapes import (
     CachedHeads,
     CosSin,
+    DueRows,
     EvictedSlots,
     LayerProjections,
     LayerQueries,
@@ -34,6 +35,7 @@ def compress_(
     sin: CosSin | None = None,
     valid: LeavingValid | None = None,
     *,
+    rows: DueRows | None = None,
     gain: float = 0.3,
     attention: str = "linear",
     rotary_style: str = "half",
@@ -49,17 +51,18 @@ def compress_(
         state: ``S [L, B, Q, R]``, overwritten; any strides.
         keys: ``[L, B, G, C, head_dim]``, rotated as cached; any strides, the last axis contiguous.
         values: ``[L, B, G, C, head_dim]``, likewise.
-        slots: ``[E]`` int64, which slots leave, the same for every row, layer and head. Not checked against ``C``.
+        slots: ``[B', E]`` int64, which slots of each row leave, the same for every layer and head. Not checked against ``C``.
         query: ``W_Q h_g [L, Q, R]``.
         key_projection: ``W_K [L, R, D]``, ``D = G * head_dim`` with heads side by side.
         value_projection: ``W_V [L, R, D]``.
-        cos: ``[B, E, rotary_dim]`` of the *inverse* rotation of the first ``rotary_dim`` dimensions of each head:
+        cos: ``[B', E, rotary_dim]`` of the *inverse* rotation of the first ``rotary_dim`` dimensions of each head:
             ``k * cos + rotate(k) * sin``. Both entries of a pair must be equal, as transformers has them. For cosines
             and sines that carry an attention scaling ``a``, pass ``cos / a**2`` and ``-sin / a**2``. ``None``: keys
             are taken as cached.
-        sin: ``[B, E, rotary_dim]``, likewise.
-        valid: ``[B, E]``, False for padding, which contributes exactly zero whatever its slots hold. ``None``: all
+        sin: ``[B', E, rotary_dim]``, likewise.
+        valid: ``[B', E]``, False for padding, which contributes exactly zero whatever its slots hold. ``None``: all
             valid.
+        rows: ``[B']`` int64, the rows that are due: no other is read or written. ``None``: all.
         gain: Factor on the update.
         attention: ``"linear"``, ``"softmax"`` or ``"slots"``, as in :func:`peft_pte.ops.encode`.
         rotary_style: Which dimensions are a pair: ``"half"`` (``i`` and ``i + rotary_dim / 2``, Llama) or
@@ -71,6 +74,9 @@ def compress_(
         NotImplementedError: ``impl`` cannot run on the device of ``state``.
     """
     _check(state, keys, values, key_projection, cos, sin, attention, rotary_style)
+    due = state.shape[1] if rows is None else rows.shape[0]
+    if slots.shape[0] != due:
+        raise ValueError(f"`slots` must have one row for each of the {due} rows that are due, got {slots.shape[0]}.")
     if resolve_impl(impl, state.device) == "triton":
         from .triton import compress_triton as compute
     else:
@@ -87,6 +93,7 @@ def compress_(
             cos,
             sin,
             valid,
+            rows,
             gain,
             attention,
             rotary_style,

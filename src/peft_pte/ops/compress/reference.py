@@ -22,17 +22,19 @@ def compress_reference(
     cos: Tensor | None,
     sin: Tensor | None,
     valid: Tensor | None,
+    rows: Tensor | None,
     gain: float,
     attention: str,
     rotary_style: str,
 ) -> None:
     """Overwrites ``state``; arguments as in :func:`peft_pte.ops.compress.api.compress_`."""
-    layers, batch, heads, _, head_dim = keys.shape
-    layer_bytes = batch * heads * slots.shape[0] * head_dim * state.element_size()
+    layers, _, heads, _, head_dim = keys.shape
+    batch, evicted = slots.shape
+    layer_bytes = batch * heads * evicted * head_dim * state.element_size()
     together = max(1, min(layers, _GATHER_BYTES // max(1, layer_bytes)))
     for first in range(0, layers, together):
         part = slice(first, first + together)
-        rows_k, rows_v = (cached[part].index_select(3, slots).to(state.dtype) for cached in (keys, values))
+        rows_k, rows_v = (_leaving(cached[part], slots, rows).to(state.dtype) for cached in (keys, values))
         if cos is not None and sin is not None:
             rows_k = rotate(rows_k, cos[:, None].to(state.dtype), sin[:, None].to(state.dtype), rotary_style)
         if valid is not None:
@@ -47,8 +49,19 @@ def compress_reference(
             valid,
             attention,
         )
-        before = state[part].flatten(end_dim=1)
-        state[part] = recur_reference(before, updates.flatten(end_dim=1)[:, None], gain).view_as(state[part])
+        here = state[part] if rows is None else state[part].index_select(1, rows)
+        after = recur_reference(here.flatten(end_dim=1), updates.flatten(end_dim=1)[:, None], gain).view_as(here)
+        if rows is None:
+            state[part] = after
+        else:
+            state[part] = state[part].index_copy(1, rows, after)
+
+
+def _leaving(cached: Tensor, slots: Tensor, due: Tensor | None) -> Tensor:
+    """``[L, B', G, E, head_dim]``, what stands in ``slots [B', E]`` of the rows that are due."""
+    rows = cached if due is None else cached.index_select(1, due)
+    index = slots[None, :, None, :, None].expand(rows.shape[0], -1, rows.shape[2], -1, rows.shape[4])
+    return rows.gather(3, index)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:

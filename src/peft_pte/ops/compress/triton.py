@@ -40,6 +40,7 @@ def _compress_kernel(
     p_cos,
     p_sin,
     p_valid,
+    p_rows,
     p_update,
     p_peak,
     p_total,
@@ -60,6 +61,7 @@ def _compress_kernel(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     SLOTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -74,7 +76,11 @@ def _compress_kernel(
 ):
     # Layers vary fastest: programs that run side by side share the cosines of a few sequences in L2.
     layer = (tl.program_id(0) % L).to(tl.int64)
-    row = (tl.program_id(0) // L).to(tl.int64)
+    # Which of the rows that are due, and which of all.
+    due = (tl.program_id(0) // L).to(tl.int64)
+    row = due
+    if HAS_ROWS:
+        row = tl.load(p_rows + due)
     split = tl.program_id(1)
     o_q = tl.arange(0, b_Q)
     o_r = tl.arange(0, b_R)
@@ -97,9 +103,9 @@ def _compress_kernel(
         o_e = (start + tl.arange(0, b_E)).to(tl.int64)
         m_e = o_e < end_e
         if HAS_VALID:
-            m_e &= tl.load(p_valid + row * s_valid[0] + o_e * s_valid[1], mask=m_e, other=0) != 0
+            m_e &= tl.load(p_valid + due * s_valid[0] + o_e * s_valid[1], mask=m_e, other=0) != 0
         # Masked from here on: nothing of a padded token is read, so it contributes zero whatever its slot holds.
-        slot = tl.load(p_slots + o_e, mask=m_e, other=0)
+        slot = tl.load(p_slots + due * E + o_e, mask=m_e, other=0)
         p_rows_k = p_keys + slot[:, None] * s_keys[3]
         p_rows_v = p_values + slot[:, None] * s_values[3]
         scores = tl.zeros((b_E, b_Q), dtype=DTYPE)
@@ -114,9 +120,9 @@ def _compress_kernel(
             if INTERLEAVED:
                 o_one = 2 * o_p
                 o_two = 2 * o_p + 1
-            here = row * s_cos[0] + o_e[:, None] * s_cos[1] + o_one[None, :] * s_cos[2]
+            here = due * s_cos[0] + o_e[:, None] * s_cos[1] + o_one[None, :] * s_cos[2]
             cos = tl.load(p_cos + here, mask=m_ep, other=0.0).to(DTYPE)
-            here = row * s_sin[0] + o_e[:, None] * s_sin[1] + o_one[None, :] * s_sin[2]
+            here = due * s_sin[0] + o_e[:, None] * s_sin[1] + o_one[None, :] * s_sin[2]
             sin = tl.load(p_sin + here, mask=m_ep, other=0.0).to(DTYPE)
             for head in range(0, G):
                 p_head = p_rows_k + head * s_head_k
@@ -191,6 +197,7 @@ def _compress_kernel(
 @triton.jit
 def _combine_kernel(
     p_state,
+    p_rows,
     p_update,
     p_peak,
     p_total,
@@ -200,6 +207,7 @@ def _combine_kernel(
     GAIN: tl.constexpr,
     Q: tl.constexpr,
     R: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     b_Q: tl.constexpr,
     b_R: tl.constexpr,
@@ -207,6 +215,8 @@ def _combine_kernel(
 ):
     layer = (tl.program_id(0) % L).to(tl.int64)
     row = (tl.program_id(0) // L).to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(p_rows + row)
     o_q = tl.arange(0, b_Q)
     o_r = tl.arange(0, b_R)
     m_q = o_q < Q
@@ -245,13 +255,14 @@ def _compress(
     cos: Tensor | None,
     sin: Tensor | None,
     valid: Tensor | None,
+    rows: Tensor | None,
     gain: float,
     attention: str,
     interleaved: bool,
 ) -> None:
-    layers, batch, heads, _, head_dim = keys.shape
+    layers, _, heads, _, head_dim = keys.shape
     queries, rank = state.shape[2:]
-    evicted = slots.shape[0]
+    batch, evicted = slots.shape
     mask = row_of_bytes(valid)
     dtype, sums = accumulator(state.dtype)
     # Two programs per multiprocessor, or the evicted tokens are split.
@@ -271,6 +282,7 @@ def _compress(
         "GAIN": gain,
         "Q": queries,
         "R": rank,
+        "HAS_ROWS": rows is not None,
         "SOFTMAX": attention == "softmax",
         "b_Q": block(queries),
         "b_R": block(rank),
@@ -286,6 +298,7 @@ def _compress(
         cos,
         sin,
         mask,
+        rows,
         update,
         peak,
         total,
@@ -315,7 +328,7 @@ def _compress(
         **config,
     )
     if splits > 1:
-        _combine_kernel[(layers * batch,)](state, update, peak, total, state.stride(), layers, splits, **common)
+        _combine_kernel[(layers * batch,)](state, rows, update, peak, total, state.stride(), layers, splits, **common)
 
 
 @_compress.register_fake
@@ -334,6 +347,7 @@ def compress_triton(
     cos: Tensor | None,
     sin: Tensor | None,
     valid: Tensor | None,
+    rows: Tensor | None,
     gain: float,
     attention: str,
     rotary_style: str,
@@ -351,6 +365,7 @@ def compress_triton(
         cos,
         sin,
         valid,
+        rows,
         gain,
         attention,
         rotary_style == "interleaved",

@@ -1,0 +1,73 @@
+"""What a compiled step of decoding reads, at addresses that stay: states, the slot to write, the tokens seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.state import LayerState, ThoughtState
+from .store import at_address
+
+
+class FixedAddresses:
+    """Written between two steps, read in a step.
+
+    Attributes:
+        states: By layer, what its adapters read: ``[B, Q, R]`` in the dtype they compute in.
+        ready: Whether the next call is a step that was prepared, with a mask over the slots: a caller's own 4D mask is not one.
+        stale: Whether the states of the cache have moved on without those that are read here.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[int, Tensor] = {}
+        self.ready, self.stale = False, True
+        self._stacked: dict[tuple[int, ...], Tensor] = {}
+        self._counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def counters(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
+        """On ``device``: the slot that each row writes, ``[B]``, and the tokens seen."""
+        held = self._counters.get(device)
+        if held is None or held[0].shape[0] != batch:
+            held = (
+                torch.zeros(batch, dtype=torch.long, device=device),
+                torch.zeros((), dtype=torch.long, device=device),
+            )
+            for counter in held:
+                torch._dynamo.mark_static_address(counter)
+            self._counters[device] = held
+        return held
+
+    def all_counters(self) -> Iterator[tuple[torch.device, tuple[Tensor, Tensor]]]:
+        """The same, on every device."""
+        yield from self._counters.items()
+
+    def publish(self, state: ThoughtState, index: int, value: Tensor, dtype: torch.dtype) -> None:
+        """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read."""
+        read = self.states.get(index)
+        state.layers[index] = LayerState(value.contiguous())
+        if read is not None and read.shape == value.shape:
+            read.copy_(value)
+            return
+        self.states[index] = value.to(dtype=dtype, copy=True)
+        torch._dynamo.mark_static_address(self.states[index])
+
+    def stacked(self, state: ThoughtState, indices: tuple[int, ...]) -> Tensor:
+        """The states of the layers ``indices`` as one tensor ``[L, B, Q, R]``, of which each becomes a view."""
+        known = self._stacked.get(indices)
+        values = [value for index in indices if (value := state.layers[index].value) is not None]
+        if known is None or any(
+            value.data_ptr() != known[place].data_ptr() or value.shape != known[place].shape
+            for place, value in enumerate(values)
+        ):
+            known = self._stacked[indices] = torch.stack(values)
+            for place, index in enumerate(indices):
+                state.layers[index] = LayerState(known[place])
+        return known
+
+    def map(self, function: Callable[[Any], Any]) -> None:
+        """Apply ``function``, which acts on the batch axis or on the device."""
+        self.states = {index: at_address(part, function(part)) for index, part in self.states.items()}
+        self._stacked = {}
