@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,7 +120,8 @@ def peak_of(case: PeakCase, fields: dict[str, Any] | None, layers: int) -> int:
         gc.collect()
         with PeakMemory() as memory, offloaded_is_elsewhere(memory):
             if fields is None:
-                hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+                with no_packing():
+                    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
             else:
                 # Where the prompt ends is found by looking at labels, and fake ones cannot be looked at. As two calls on one
                 # cache the segments are the same.
@@ -131,6 +133,11 @@ def peak_of(case: PeakCase, fields: dict[str, Any] | None, layers: int) -> int:
                 del kept
             hidden.backward(torch.empty_like(hidden))
     return memory.peak
+
+
+def no_packing() -> AbstractContextManager[Any]:
+    """Within the block, transformers sees one sequence as one: fake positions it takes for packed, and masks all pairs."""
+    return patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
 
 
 @contextmanager
