@@ -4,13 +4,15 @@ The real code runs, `accounting.PeakMemory` sees every storage it makes and lose
 weights: activations, keys and values, states, gradients of the adapters. The head is left out (TRL's fused head never makes
 all logits, whatever the adapter), and so are weights and optimizer, which are arithmetic.
 
-Peaks are affine in the number of layers and, some windows in, in the length of the completion: a few counts say what others
-need. `cost` and `settings` count with it.
+What is alive at one point of the step is affine in the number of layers. Where the most is alive is not the same point in few
+layers as in many, so peaks are taken by phase, from one attention of the bottom or the top layer to the next, and each phase is
+continued in a straight line: two counts of few layers say what all need. `cost` and `settings` count with it.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,21 +46,25 @@ class PeakCase:
 class Step:
     """Bytes of one step above the weights."""
 
+    layers: int
     kept: int
     """Alive between forward and backward, beside what was returned."""
     peak: int
     """Alive at once."""
+    phases: dict[tuple[str, Any], int]
+    """The same by phase, which the n-th attention of a layer begins; layers in the middle lie between those of the ends."""
 
-
-def peak_of(case: PeakCase, fields: dict[str, Any] | None, layers: int) -> int:
-    """Bytes alive at once above the weights, for ``layers`` layers under PTE with ``fields``; ``None``: LoRA."""
-    return counted_step(case, fields, layers).peak
+    def peak_of(self, layers: int, other: Step) -> int:
+        """The peak of ``layers`` layers, given ``other``, a step of another number of them."""
+        share = (layers - self.layers) / (other.layers - self.layers)
+        ends = [key for key in self.phases if key[0] != "middle"]
+        return round(max(self.phases[key] + share * (other.phases[key] - self.phases[key]) for key in ends))
 
 
 def counted_step(
     case: PeakCase, fields: dict[str, Any] | None, layers: int, beside: AbstractContextManager[Any] | None = None
 ) -> Step:
-    """The bytes of forward and backward, which run within ``beside``."""
+    """The bytes of forward and backward under PTE with ``fields`` (``None``: LoRA), which run within ``beside``."""
     model = build(case, fields, layers)
     with FakeTensorMode():
         forget_numbers(model)
@@ -66,6 +72,7 @@ def counted_step(
         backbone = model.get_base_model().model
         gc.collect()
         with beside or nullcontext(), PeakMemory() as memory, offloaded_is_elsewhere(memory):
+            note_phases(memory, backbone.layers)
             if fields is None:
                 with no_packing():
                     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -81,7 +88,20 @@ def counted_step(
             gc.collect()
             between = memory.live - hidden.nbytes
             hidden.backward(torch.empty_like(hidden))
-    return Step(between, memory.peak)
+    return Step(layers, between, memory.peak, memory.phases)
+
+
+def note_phases(memory: PeakMemory, layers: Any) -> None:
+    """Let each attention of each layer begin a phase."""
+    ends = {0: "bottom", len(layers) - 1: "top"}
+    for index, layer in enumerate(layers):
+        calls = itertools.count()
+
+        def begin(*_: Any, index: int = index, calls: Any = calls) -> None:
+            call = next(calls)
+            memory.begin((ends[index], call) if index in ends else ("middle", (index, call)))
+
+        layer.self_attn.register_forward_pre_hook(begin)
 
 
 def no_packing() -> AbstractContextManager[Any]:

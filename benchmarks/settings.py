@@ -1,8 +1,8 @@
 """What the settings of a training step cost and save at true shapes, beside LoRA: launches, operations, bytes kept, peak.
 
-Forward and backward of one sequence on fake tensors, as in `peaks`, with every operation counted by `Work`. All four numbers are
-affine in the layers, and those of PTE in the length of the completion, some windows in: two numbers of layers and two lengths are
-counted and say what others need. LoRA is counted at every length, since its attention is not.
+Forward and backward of one sequence on fake tensors, as in `peaks`, with every operation counted by `Work`. Two numbers of layers say
+what all need, and of PTE two lengths what longer completions need, since some windows in it grows in a straight line. LoRA is counted
+at every length: its attention does not.
 """
 
 from __future__ import annotations
@@ -44,6 +44,34 @@ class Costs:
         """On the straight line through both, ``share`` of the way; 1 is ``other``."""
         pairs = zip(asdict(self).items(), asdict(other).values(), strict=True)
         return Costs(**{name: mine + share * (theirs - mine) for (name, mine), theirs in pairs})
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One case with few layers and with more."""
+
+    few: Costs
+    more: Costs
+    steps: tuple[Step, Step]
+
+    @classmethod
+    def of(cls, case: PeakCase, peer: str) -> Counted:
+        """Count both."""
+        pairs = [count(case, peer, layers) for layers in COUNTED_LAYERS]
+        return cls(*(costs for costs, _ in pairs), steps=tuple(step for _, step in pairs))
+
+    def at(self, layers: int) -> Costs:
+        """What ``layers`` layers cost."""
+        few, more = self.steps
+        line = self.few.toward(self.more, (layers - few.layers) / (more.layers - few.layers))
+        return replace(line, peak_bytes=few.peak_of(layers, more))
+
+
+def count(case: PeakCase, peer: str, layers: int) -> tuple[Costs, Step]:
+    """One step of ``layers`` layers."""
+    work = Work()
+    step = counted_step(case, fields_of(peer, case.window), layers, work)
+    return Costs(work.number, work.flop, step.kept, step.peak), step
 
 
 class Work(Launches):
@@ -104,31 +132,26 @@ def measure(session: Session) -> Iterator[Row]:
 def rows_of(case: PeakCase, session: Session, lengths: tuple[int, ...]) -> Iterator[Row]:
     """Rows of one shape."""
     layers: int = shape_config(case.shape).num_hidden_layers
-    few, more = COUNTED_LAYERS
     for peer in filter(session.wants, PEERS):
         counted = counted_lengths(peer, lengths)
-        found = {
-            (length, number): counts(replace(case, completion=length), peer, number)
-            for length in counted
-            for number in COUNTED_LAYERS
-        }
-
-        def at(length: int, number: int, found: dict[tuple[int, int], Costs] = found) -> Costs:
-            """On the straight lines through what was counted."""
-            known = sorted({length for length, _ in found})
-            if length in known:
-                return found[length, few].toward(found[length, more], (number - few) / (more - few))
-            short, long = known[-2:]
-            return at(short, number, found).toward(at(long, number, found), (length - short) / (long - short))
-
+        found = {length: Counted.of(replace(case, completion=length), peer) for length in counted}
         check = {}
         if peer in CHECKED:
-            longer = 2 * counted[-1] - counted[-2]
-            said = asdict(at(longer, more + 1))
-            seen = asdict(counts(replace(case, completion=longer), peer, more + 1))
+            longer, more = 2 * counted[-1] - counted[-2], COUNTED_LAYERS[1] + 1
+            seen = asdict(count(replace(case, completion=longer), peer, more)[0])
+            said = asdict(along(found, longer, more))
             check = {"checked": {name: seen[name] / said[name] for name in said}}
         for length in lengths:
-            yield {**asdict(replace(case, completion=length)), "peer": peer, **asdict(at(length, layers)), **check}
+            cost = asdict(along(found, length, layers))
+            yield {**asdict(replace(case, completion=length)), "peer": peer, **cost, **check}
+
+
+def along(found: dict[int, Counted], length: int, layers: int) -> Costs:
+    """The costs at ``length``: those found there, or on the straight line through the two longest."""
+    if length in found:
+        return found[length].at(layers)
+    short, long = sorted(found)[-2:]
+    return found[short].at(layers).toward(found[long].at(layers), (length - short) / (long - short))
 
 
 def counted_lengths(peer: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -140,10 +163,3 @@ def counted_lengths(peer: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
     if peer == "lora":
         return lengths
     return (shortest, middle * 3 // 4, middle) if peer.startswith("one_pass") else (shortest, shortest * 5 // 3)
-
-
-def counts(case: PeakCase, peer: str, layers: int) -> Costs:
-    """Of ``layers`` layers."""
-    with_work = Work()
-    step: Step = counted_step(case, fields_of(peer, case.window), layers, with_work)
-    return Costs(with_work.number, with_work.flop, step.kept, step.peak)
