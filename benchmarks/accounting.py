@@ -49,7 +49,15 @@ class PeakMemory(TorchDispatchMode):
         self.itemise = itemise
         self.at_peak: Counter[str] = Counter()
         """With ``itemise``: bytes alive at the peak by operation and shape of the tensor it made."""
+        self.phases: dict[Any, int] = {}
+        """The most bytes alive in each phase that was begun."""
+        self._phase: Any = None
         self._known: dict[int, tuple[str, int]] = {}
+
+    def begin(self, phase: Any) -> None:
+        """End the phase before, and begin ``phase``."""
+        self._phase = phase
+        self.phases[phase] = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,6 +80,8 @@ class PeakMemory(TorchDispatchMode):
         self._known[key] = (f"{func} {tuple(value.shape)}", nbytes)
         weakref.finalize(storage, self._forget, key).atexit = False
         self.live += nbytes
+        if self._phase is not None:
+            self.phases[self._phase] = max(self.phases[self._phase], self.live)
         if self.live > self.peak:
             self.peak = self.live
             if self.itemise:

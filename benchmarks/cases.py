@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 # Small, so that logits do not drown what is looked at; unlike any other width, so that shapes tell what a tensor is.
 VOCABULARY = 80
@@ -98,6 +98,21 @@ TRUE_SHAPES = {
             "tie_word_embeddings": False,
         },
         8_030_261_248,
+    ),
+    "Qwen3-4B": TrueShape(
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+        },
+        4_022_468_096,
     ),
     "GPT-2 XL": TrueShape(GPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
 }

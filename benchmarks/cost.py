@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from .accounting import Launches, PeakMemory
 from .cases import LINEARS, shape_config, with_lora, with_pte
-from .peaks import COUNTED_LAYERS, PeakCase, offloaded_is_elsewhere, peak_of
+from .peaks import COUNTED_LAYERS, PeakCase, counted_step, offloaded_is_elsewhere
 from .session import Row, Session
 
 VOCABULARY = 64
@@ -159,8 +159,8 @@ def counted(figure: Figure, peer: str) -> int:
     """The same at a true shape on fake tensors, without the head; two numbers of layers say what all need."""
     assert figure.shape is not None
     case = PeakCase(figure.shape, figure.thoughts, figure.prompt, figure.window)
-    few, more = (peak_of(case, fields_of(peer, figure.window), layers) for layers in COUNTED_LAYERS)
-    return few + (more - few) * (shape_config(figure.shape).num_hidden_layers - COUNTED_LAYERS[0])
+    few, more = (counted_step(case, fields_of(peer, figure.window), layers) for layers in COUNTED_LAYERS)
+    return few.peak_of(shape_config(figure.shape).num_hidden_layers, more)
 
 
 def build(figure: Figure, peer: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from .cases import TRUE_SHAPES
+from .cases import GPU_SHAPES, TRUE_SHAPES
 from .machine import ROOT
 from .tables import insert, table
 
@@ -74,10 +74,9 @@ class Account:
 def shapes(batch: int = 64) -> list[Shape]:
     """The models of the paper."""
     found = []
-    for name, shape in TRUE_SHAPES.items():
+    for name in GPU_SHAPES:
+        shape = TRUE_SHAPES[name]
         fields = shape.fields
-        if "num_key_value_heads" not in fields:
-            continue  # No grouped heads: not a model of the paper.
         head_dim = fields["hidden_size"] // fields["num_attention_heads"]
         sizes = (fields["num_hidden_layers"], fields["num_key_value_heads"], head_dim, fields["hidden_size"])
         found.append(

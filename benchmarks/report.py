@@ -1,6 +1,7 @@
 """Tables and plots from the results: ``python -m benchmarks report [--results FOLDER ...] [--stdout]``.
 
-Everything goes between the markers of benchmarks/README.md, what a reader needs first between those of the README. Results
+Everything goes between the markers of benchmarks/README.md, what a reader needs first between those of the README, settings of a
+training step between those of docs/memory.md. Results
 of several folders, and of one case run in pieces (`--peers kvpress` in an environment of its own), are put together where
 their devices are the same. What a CPU timed is given as ratios within its run.
 """
@@ -54,9 +55,6 @@ def render(results: list[Row], brief: bool = False) -> str:
     counts = [content for content in results if content["case"] == "flops"]
     if counts:
         parts.append(_flops(counts[-1], brief))
-    counts = [content for content in results if content["case"] == "peaks"]
-    if counts:
-        parts.append(_peaks(counts[-1]))
     counts = [content for content in results if content["case"] == "cost"]
     if counts and not brief:
         parts.append(_cost(counts[-1]))
@@ -285,31 +283,6 @@ def _flops(content: Row, brief: bool) -> str:
     )
 
 
-def _peaks(content: Row) -> str:
-    rows = content["rows"]
-    first = rows[0]
-    batches = [int(name.rpartition("_")[2]) for name in first if name.startswith("whole_bytes_batch_")]
-    lora = {(row["shape"], row["completion"]): row for row in rows if row["peer"] == "lora"}
-    body = []
-    for row in rows:
-        full = lora[row["shape"], row["completion"]]
-        cells = [f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_bytes'] / full['peak_bytes']:.2f})"]
-        for batch in batches:
-            name = f"whole_bytes_batch_{batch}"
-            cells.append(f"{row[name] / 2**30:.1f} ({row[name] / full[name]:.2f})")
-        body.append([row["shape"], f"{row['completion']:,}", _METHODS[row["peer"]], *cells])
-    checks = [row[name] for row in rows for name in ("layers_checked", "lengths_checked")]
-    header = ["shape", "completion", "method", "one sequence", *(f"whole, micro-batch {batch}" for batch in batches)]
-    return (
-        "**Peak memory of scoring and backward, GiB, and in brackets the share of LoRA's (counted on fake tensors, not "
-        f"measured).** bfloat16, prompt {first['prompt']}, window {first['window']:,}, rank {first['rank']}, layers or segments "
-        "checkpointed, head left out. `one sequence` is what is alive above the weights; `whole` adds weights, and adapters in "
-        "float32 with Adam's moments. Counted with 2 and 3 layers at 2,048 and 3,072 tokens and continued in a straight line; "
-        f"where a fourth layer or 4,096 tokens were counted, the line was off by at most {max(abs(c - 1) for c in checks):.1%}. "
-        f"{_origin([content])}\n\n" + tables.table(header, body, left=3)
-    )
-
-
 def _cost(content: Row) -> str:
     figures: dict[Any, dict[str, Row]] = {}
     for row in content["rows"]:
@@ -338,6 +311,46 @@ def _cost(content: Row) -> str:
     )
 
 
+def settings(results: list[Row]) -> str:
+    """The table of docs/memory.md."""
+    content = [content for content in results if content["case"] == "settings"][-1]
+    rows = content["rows"]
+    first = rows[0]
+    lora = {(row["shape"], row["completion"]): row for row in rows if row["peer"] == "lora"}
+    body = []
+    for row in sorted(rows, key=lambda row: list(lora).index((row["shape"], row["completion"]))):
+        full = lora[row["shape"], row["completion"]]
+        body.append(
+            [
+                row["shape"],
+                f"{row['completion']:,}",
+                _SETTINGS[row["peer"]],
+                *(f"{row[name] / full[name]:.2f}" for name in ("launches", "flop")),
+                *(f"{row[name] / 2**30:.2f}" for name in ("kept_bytes", "peak_bytes")),
+                f"{row['peak_bytes'] / full['peak_bytes']:.2f}",
+            ]
+        )
+    off = max(abs(share - 1) for row in rows for share in row.get("checked", {}).values())
+    header = ["shape", "completion", "setting", "launches", "operations", "kept, GiB", "peak, GiB", "peak, of LoRA"]
+    return (
+        f"One sequence, prompt {first['prompt']}, window {first['window']:,}, rank {first['rank']}, base in bfloat16, adapters in "
+        "float32, forward and backward with gradient checkpointing, without the head. Launches and operations relative to LoRA's. "
+        "Counted on fake tensors with 2 and 3 layers and continued in straight lines: LoRA at every length, one pass to the length in "
+        "the middle, the others up to 5,120 tokens. Where a fourth layer at a longer completion was counted too (the default at 7,168 "
+        f"and one pass with offload at 20,480 tokens), the lines were off by at most {off:.1%}. {_origin([content])}\n\n"
+        + tables.table(header, body, left=3)
+    )
+
+
+_SETTINGS = {
+    "lora": "LoRA, full cache",
+    "least": "least memory",
+    "default": "default",
+    "one_pass": "one pass",
+    "least_offload": "least memory, `offload`",
+    "default_offload": "default, `offload`",
+    "one_pass_offload": "one pass, `offload`",
+}
 _COST = {
     "launches": "launches",
     "calls": "calls of a layer, no gradients",
@@ -370,6 +383,10 @@ def main(arguments: list[str] | None = None) -> None:
         (ROOT / "README.md", "performance", True),
     ):
         path.write_text(tables.insert(path.read_text(), render(results, brief), name))
+        print(f"Wrote {path.relative_to(ROOT)}")
+    if any(content["case"] == "settings" for content in results):
+        path = ROOT / "docs" / "memory.md"
+        path.write_text(tables.insert(path.read_text(), settings(results), "settings"))
         print(f"Wrote {path.relative_to(ROOT)}")
     timed = [content for content in results if content["case"] == "train" and content["device"] == "cuda"]
     if timed:

@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python -m benchmarks run decode|compress|delta|train|flops|peaks|cost|figures|all [--quick]``.
+"""Run benchmarks: ``python -m benchmarks run decode|compress|delta|train|flops|cost|settings|figures|all [--quick]``.
 
 One JSON per case goes into one folder; ``python -m benchmarks report`` makes tables and plots of them. On a GPU the whole
 set stays within ``--budget`` seconds, 500 unless told; what did not fit is in the JSONs, and said to be left out.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import compress, cost, decode, delta, flops, peaks, train
+from . import compress, cost, decode, delta, flops, settings, train
 from .cases import GPU_SHAPES, SHAPES
 from .machine import RESULTS, ROOT, ceilings, provenance
 from .session import Session
@@ -31,12 +31,12 @@ CASES = {
     "decode": decode,
     "train": train,
     "flops": flops,
-    "peaks": peaks,
     "cost": cost,
+    "settings": settings,
 }
-UNTIMED = ("flops", "peaks", "cost")
+UNTIMED = ("flops", "cost", "settings")
 SHARES = {"delta": 0.06, "compress": 0.08, "decode": 0.50, "train": 0.36}
-"""Of the budget. `flops`, `peaks` and `cost` run on the CPU and take what they take: run them on their own."""
+"""Of the budget. `flops`, `cost` and `settings` run on the CPU and take what they take: run them on their own."""
 DEFAULT_SET = ("delta", "compress", "decode", "train")
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "case",
         choices=[*CASES, "figures", "all"],
-        help="all: everything that is timed; figures, flops, peaks and cost need no GPU and run on their own",
+        help="all: everything that is timed; figures, flops, cost and settings need no GPU and run on their own",
     )
     parser.add_argument(
         "--shapes", nargs="+", choices=SHAPES, help="default: three true shapes on a GPU, a tiny one on a CPU"

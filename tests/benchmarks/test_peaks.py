@@ -1,23 +1,65 @@
-"""Peaks counted on fake tensors."""
+"""Steps counted on fake tensors: what few layers and short completions say of many and long ones."""
 
-from dataclasses import replace
+from dataclasses import asdict
 
 import pytest
 
-from benchmarks.peaks import METHODS, PeakCase, counted_peak
+from benchmarks.peaks import PeakCase, counted_step
+from benchmarks.report import settings as table
+from benchmarks.settings import CHECKED, PEERS, counted_lengths, fields_of, measure, rows_of
+from tests.benchmarks.test_runner import session
 
-CASE = PeakCase("tiny", completion=768, prompt=64, window=512, rank=4)
+CASE = PeakCase("tiny", completion=768, prompt=64, window=256, rank=4)
 
 
-def test_one_layer_at_a_time_needs_least():
-    peaks = {method: counted_peak(CASE, method, 4) for method in METHODS}
-    assert peaks["pte_offload"] < peaks["pte"] < peaks["pte_whole_segments"] < peaks["lora"]
+def peers(*names):
+    return session(peers=names)
+
+
+@pytest.mark.parametrize("peer", ["lora", "default", "one_pass_offload"])
+def test_few_layers_say_what_more_need(peer):
+    few, more, many = (counted_step(CASE, fields_of(peer, CASE.window), layers) for layers in (2, 3, 5))
+    assert few.peak_of(5, more) == many.peak
+    assert 2 * (more.kept - few.kept) == many.kept - more.kept
+
+
+def test_each_setting_gives_what_it_costs():
+    steps = {peer: counted_step(CASE, fields_of(peer, CASE.window), 3) for peer in PEERS}
+    assert steps["default"].peak < steps["one_pass"].peak < steps["lora"].peak
+    for name in ("default", "one_pass"):
+        assert steps[f"{name}_offload"].peak < steps[name].peak
+        assert steps[f"{name}_offload"].kept < steps[name].kept
+    assert steps["least"].peak < steps["default"].peak
+    assert steps["least_offload"].peak == min(step.peak for step in steps.values())
+
+
+def test_settings_become_a_table():
+    rows = list(measure(session(peers=("lora", "default"))))
+    assert [(row["peer"], row["completion"]) for row in rows] == [
+        ("lora", 96),
+        ("lora", 192),
+        ("default", 96),
+        ("default", 192),
+    ]
+    assert rows[0]["flop"] < rows[1]["flop"]
+    assert rows[0]["launches"] == rows[1]["launches"] < rows[2]["launches"]
+    source = {"date": "2026-01-01", "command": "c", "commit": None, "dirty": None, "cpu": "x", "cores": 2, "gpu": None}
+    content = {"case": "settings", "source": {**source, "versions": {}}, "device": "cpu", "dtype": "float32"}
+    text = table([{**content, "ceilings": {}, "rows": rows}])
+    assert "| tiny | 96 | LoRA, full cache | 1.00 | 1.00 |" in text
+    assert "| tiny | 192 | default |" in text
+
+
+def test_lengths_that_are_counted():
+    assert counted_lengths("lora", (3072, 16384, 65536)) == (3072, 16384, 65536)
+    assert counted_lengths("least_offload", (3072, 16384, 65536)) == (3072, 5120)
+    assert counted_lengths("one_pass", (3072, 16384, 65536)) == (3072, 12288, 16384)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_peaks_follow_straight_lines(method):
-    by_layers = [counted_peak(CASE, method, layers) for layers in (2, 3, 4)]
-    by_length = [counted_peak(replace(CASE, completion=length), method, 2) for length in (768, 1024, 1280)]
-    for few, more, most in (by_layers, by_length):
-        assert most == pytest.approx(2 * more - few, rel=0.02)
+@pytest.mark.parametrize("peer", CHECKED)
+def test_longer_completions_follow_straight_lines(peer):
+    case = PeakCase("tiny", 0, prompt=64, window=256, rank=4)
+    (row, *_) = rows_of(case, session(peers=(peer,)), (1536, 3072))
+    assert row["checked"] == pytest.approx(dict.fromkeys(row["checked"], 1.0), rel=0.02)
+    assert asdict(case)["window"] == row["window"]

@@ -38,10 +38,12 @@ def test_encode(impl, attention):
     assert_compiles(lambda *args: encode(*args, attention=attention, impl=impl), *operands, valid)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_delta(impl):
+def test_delta(impl, dtype):
     shapes = ((2, 7, 12), (5, 12), (2, 4, 5), (9, 4), (2, 7, 9))
-    operands = [torch.randn(*shape, device=DEVICE) for shape in shapes]
+    hidden, *operands = [torch.randn(*shape, device=DEVICE) for shape in shapes]
+    operands = [hidden.to(dtype), *operands]
     assert_compiles(lambda *args: delta(*args[:4], onto=args[4], scale=1.7, impl=impl), *operands)
 
 

@@ -1,9 +1,12 @@
 """The adapters' reading of the state against a float64 oracle: outputs and every gradient, alone and in groups."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from peft_pte.ops import delta, delta_group_
+from peft_pte.ops.delta.reference import CastProduct
 from tests.ops.common import DEVICE, IMPLEMENTATIONS, TOLERANCE, assert_matches
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +109,52 @@ def test_saves_no_wide_tensor_beside_the_input(impl):
         delta(*operands[:4], onto=operands[4], impl=impl)
     tokens = [tensor for tensor in saved if tensor.numel() >= 2 * 50 * 5 and tensor.shape[-1] not in (5, 6)]
     assert {tensor.shape[-1] for tensor in tokens if tensor.shape[0] in (2, 100)} <= {24}
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["adapter", "all"])
+@pytest.mark.parametrize(
+    ("given", "dtype", "autocast"),
+    [
+        (torch.bfloat16, torch.float32, None),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16, None),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float64, None),
+        (torch.float32, torch.float64, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_input_of_another_dtype_is_cast_and_kept_as_it_came(impl, given, dtype, autocast, wanted):
+    hidden, *adapter, onto = (operand.to(dtype) for operand in make_operands(2, 50, 24, 200, 5, 6))
+    hidden, onto = hidden.to(given), onto.to(given)
+    upstream = torch.randn_like(onto)
+    found, kept = [], []
+    for x in (hidden, hidden.to(dtype)):
+        leaf = hidden.clone().requires_grad_(wanted)
+        x = leaf if x is hidden else leaf.to(dtype)
+        operands = [operand.clone().requires_grad_() for operand in adapter]
+        saved = []
+        note = partial(lambda saved, tensor: saved.append(tensor) or tensor, saved)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None),
+        ):
+            out = delta(x, *operands, scale=1.7, onto=onto, impl=impl)
+        wide = [tensor for tensor in saved if tensor.numel() == hidden.numel() and tensor.shape[-1] == 24]
+        kept.append({(tensor.dtype, tensor.data_ptr() == leaf.data_ptr()) for tensor in wide})
+        found.append((out, *torch.autograd.grad(out, [leaf, *operands] if wanted else operands, upstream)))
+    assert kept[0] == {(given, True)}
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_gradients_of_the_cast_product():
+    hidden, down, *_ = (operand.requires_grad_() for operand in make_operands(2, 3, 5, 4, 3, 2))
+    assert torch.autograd.gradcheck(lambda *args: CastProduct.apply(*args, torch.float64), (hidden, down))
+    assert torch.autograd.gradgradcheck(lambda *args: CastProduct.apply(*args, torch.float64), (hidden, down))
 
 
 def make_group(batch, tokens, inner, outs, queries, rank, ranks):

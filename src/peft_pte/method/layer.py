@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -184,7 +184,7 @@ class PTELinear(nn.Module, PTELayer):
             )
         x, state = self._by_sequence(x, adapter)
         down, up = weight_of(self.pte_down[adapter]), weight_of(self.pte_up[adapter])
-        hidden = self.dropout[adapter](self._cast_input_dtype(x, down.dtype))
+        hidden = self._input(x, adapter, down.dtype)
         rows = result.reshape(*hidden.shape[:2], -1)
         scale, impl = self.scale[adapter], self.impl[adapter]
         if impl == "triton" and hidden.shape[1] == 1 and not torch.is_grad_enabled():
@@ -192,6 +192,18 @@ class PTELinear(nn.Module, PTELayer):
             delta_group_([rows], hidden, down, state, [up], [scale], impl=impl)
             return result
         return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
+
+    def _input(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
+        """What the adapter reads. Without dropout ``x`` itself: `delta` casts it, and keeps it as it came."""
+        dropout = self.dropout[adapter]
+        if self.training and isinstance(dropout, nn.Dropout):
+            return cast(Tensor, dropout(self._cast_input_dtype(x, dtype)))
+        if not self.cast_input_dtype_enabled and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(
+                f"`{self.name}` must get the dtype of its adapter, {dtype}, while casting is off, got {x.dtype}. Leave out "
+                "peft's disable_input_dtype_casting."
+            )
+        return x
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
         """The input as ``[B * N, T / N, in]`` and the states that its rows read: ``[.., Q, R]``, or ``[.., R, Q]`` by key."""

@@ -25,7 +25,7 @@ def delta(
     """``onto + scale * A (S (B x))`` with one ``S`` per sequence: the dynamic weight ``dW = A S B`` (paper section 3).
 
     Args:
-        hidden: ``x [B, T, in]``.
+        hidden: ``x [B, T, in]``; cast to the dtype of ``down``. What is kept for the backward pass is ``hidden`` as it came.
         down: The paper's ``B``, ``[R, in]``.
         state: ``S [B, Q, R]``.
         up: The paper's ``A``, ``[out, Q]``.
@@ -35,7 +35,7 @@ def delta(
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
-        ``[B, T, out]`` in the dtype of ``onto``; without it, in the dtype that ``hidden @ down.T`` has.
+        ``[B, T, out]`` in the dtype of ``onto``; without it, in the dtype that a product with ``down`` has.
 
     Raises:
         ValueError: ``impl`` is none of the above.

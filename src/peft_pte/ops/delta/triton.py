@@ -55,7 +55,7 @@ def _read_kernel(
         m_i = o_i < inner
         x = tl.load(p_rows + o_i[None, :], mask=m_t[:, None] & m_i[None, :], other=0.0)
         down = tl.load(p_down + o_r[None, :] * inner + o_i[:, None], mask=m_i[:, None] & m_r[None, :], other=0.0)
-        low += dot(x, down.to(x.dtype), DTYPE, "ieee", UPCAST)
+        low += dot(x.to(down.dtype), down, DTYPE, "ieee", UPCAST)
     m_qr = (o_q < Q)[:, None] & m_r[None, :]
     o_state = row * s_state[0] + o_q[:, None] * s_state[1] + o_r[None, :] * s_state[2]
     state = tl.load(p_state + o_state, mask=m_qr, other=0.0).to(DTYPE)
@@ -299,11 +299,11 @@ def _forward(
     batch, tokens, inner = hidden.shape
     (rank, _), (outer, queries) = down.shape, up.shape
     hidden = hidden if hidden.stride(-1) == 1 or inner == 1 else hidden.contiguous()
-    _, sums = accumulator(hidden.dtype)
-    low = hidden.new_empty(batch, tokens, rank)
-    read = hidden.new_empty(batch, tokens, queries)
-    out = (hidden if onto is None else onto).new_empty(batch, tokens, outer)
-    config = blocks_for("delta_read", hidden.dtype, hidden.device)
+    _, sums = accumulator(down.dtype)
+    low = down.new_empty(batch, tokens, rank)
+    read = down.new_empty(batch, tokens, queries)
+    out = (down if onto is None else onto).new_empty(batch, tokens, outer)
+    config = blocks_for("delta_read", down.dtype, hidden.device)
     _read_kernel[(batch, triton.cdiv(tokens, config["b_T"]))](
         hidden,
         down.contiguous(),
@@ -319,7 +319,7 @@ def _forward(
         b_Q=block(queries),
         b_R=block(rank),
         DTYPE=sums,
-        UPCAST=upcast_dots(hidden),
+        UPCAST=upcast_dots(down),
         **config,
     )
     rows = batch * tokens
@@ -334,8 +334,8 @@ def _(
     hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, onto: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = hidden.shape[:2]
-    out = (hidden if onto is None else onto).new_empty(*shape, up.shape[0])
-    return out, hidden.new_empty(*shape, down.shape[0]), hidden.new_empty(*shape, up.shape[1])
+    out = (down if onto is None else onto).new_empty(*shape, up.shape[0])
+    return out, down.new_empty(*shape, down.shape[0]), down.new_empty(*shape, up.shape[1])
 
 
 @torch.library.custom_op("peft_pte::delta_state_backward", mutates_args=())
@@ -376,14 +376,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, down, state, up, low, read = ctx.saved_tensors
     grad_onto = None if ctx.onto is None else grad.to(ctx.onto)
-    grad = grad.to(hidden.dtype)
+    grad = grad.to(down.dtype)
     grad_low, grad_state = _state_backward(torch.matmul(grad, up.to(grad.dtype)) * ctx.scale, low, state)
-    grad_hidden = torch.matmul(grad_low, down.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-    grad_down = grad_low.flatten(end_dim=1).mT @ hidden.flatten(end_dim=1) if ctx.needs_input_grad[1] else None
+    grad_hidden = torch.matmul(grad_low, down).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+    # Cast again: kept is what the linears that read it share.
+    cast = hidden.flatten(end_dim=1).to(down.dtype) if ctx.needs_input_grad[1] else None
+    grad_down = None if cast is None else grad_low.flatten(end_dim=1).mT @ cast
     grad_up = (grad.flatten(end_dim=1).mT @ read.flatten(end_dim=1)) * ctx.scale if ctx.needs_input_grad[3] else None
     return (
         grad_hidden,
-        None if grad_down is None else grad_down.to(down.dtype),
+        grad_down,
         grad_state,
         None if grad_up is None else grad_up.to(up.dtype),
         grad_onto,
