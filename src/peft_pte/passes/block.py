@@ -22,7 +22,7 @@ from ..cache.cache import PTECache
 from ..cache.store import Ending, Step, ThoughtLayer
 from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, PER_TOKEN
 from ..method.encoder import PTEEncoder
-from ..method.state import Departing, LayerState, Reading, bind
+from ..method.state import Departing, LayerState, Reading, ThoughtState, bind
 from .plan import Chunk
 from .recompute import recomputed
 
@@ -107,6 +107,8 @@ def running(backbone: Callable[..., Any], cache: PTECache, this: Pass, arguments
     if output.get("past_key_values") is not None:
         output["past_key_values"] = None
     cache.layers, cache.state = view.layers, view.state
+    # A checkpoint that others put around a layer holds the view, whose content would hold the graph that holds the checkpoint.
+    view.layers, view.state = [], ThoughtState(0)
     return output
 
 
@@ -161,10 +163,10 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
     arguments = {name: None if name in CACHE_NAMES else value for name, value in arguments.items()}
     held = cache
     if this.functional:
-        held = cache.one_layer(index)
-        if this.again:
-            # Run a second time, the layer must find what it found, whatever it has left since.
-            held = this.starts.setdefault(index, held).fork()
+        # Run a second time, a layer must find what it found, whatever it has left since.
+        held = this.starts[index].fork() if index in this.starts else cache.one_layer(index)
+        if this.again and index not in this.starts:
+            this.starts[index] = held.fork()
     bounded = isinstance(held.layers[index], ThoughtLayer)
     run = _whole if not bounded else _chunk if this.step is None else _token
     outputs: list[Any] = []
