@@ -163,6 +163,63 @@ def test_one_graph_for_any_number_of_evictions(family, batch, counters):
     assert not counters["recompiles"]
 
 
+def test_one_graph_for_rows_in_any_phase(counters):
+    # Rows that hold different numbers of thoughts evict at different steps, and some end before others.
+    model = make_pte("llama", prompt_end=[58, 60])
+    ids = make_prompts((17, 17, 17, 17))["input_ids"] % 57 + 1
+    for row, column in enumerate((15, 2, 9, 6)):
+        ids[row, column : column + 2] = torch.tensor([58, 60])
+    settings = {"max_new_tokens": 6 * WINDOW, "do_sample": False, "eos_token_id": 7, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    counters.clear()
+    found = model.generate(ids, **settings, **compiling(), return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    assert len(set(found.past_key_values.rows.bound)) == 4
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+
+
+def test_made_once_and_used_again(counters):
+    model = make_pte("llama")
+    cache, places = make_cache(model), []
+    for seed, lengths in ((1, (7, 2, 5)), (2, (6, 6, 1)), (3, (7, 7, 7))):
+        prompts = make_prompts(lengths, seed=seed)
+        expected = roll_out(model, prompts, 3 * WINDOW)
+        cache.reset()
+        found = roll_out(
+            model, prompts, 3 * WINDOW, compile_config=compiling()["compile_config"], past_key_values=cache
+        )
+        assert found.cache is cache
+        assert_close(found.logits, expected.logits)
+        places.append(addresses(cache))
+    assert places[0] == places[1] == places[2]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"]
+
+
+def test_one_compression_for_rows_out_of_phase(monkeypatch):
+    # An eviction of some rows is one launch for all layers, and it reads those rows alone.
+    calls = []
+    import peft_pte.passes.token
+
+    original = peft_pte.passes.token.compress_
+
+    def compress(*args, rows, **kwargs):
+        calls.append(None if rows is None else rows.tolist())
+        original(*args, rows=rows, **kwargs)
+
+    model = make_pte("llama", impl="triton", evict_ratio=0.5, prompt_end=[58, 60])
+    ids = make_prompts((9, 9))["input_ids"] % 57 + 1
+    for row, column in enumerate((7, 4)):
+        ids[row, column : column + 2] = torch.tensor([58, 60])
+    expected = model.generate(ids, max_new_tokens=WINDOW + 3, do_sample=False)
+    monkeypatch.setattr("peft_pte.passes.token.compress_", compress)
+    found = model.generate(ids, max_new_tokens=WINDOW + 3, do_sample=False, **STATIC)
+    assert torch.equal(found, expected)
+    assert calls == [[1], [0], [1]]
+
+
 def test_next_generation_is_not_compiled_again(counters):
     model = make_pte("llama")
     for seed, length in ((1, 2), (2, 4), (3, 3)):

@@ -108,6 +108,9 @@ def _count(
     visible = None
     if cache.fixed is not None or not rows.all_visible:
         visible = rows.visible_slots(slots)
+    if visible is not None and cache.fixed is not None:
+        # One shape for all steps and generations.
+        visible = visible.expand(positions.shape[0], -1).contiguous()
     masks = ChunkMasks(seam.text_config, seam.model.dtype, rows.window, rows.step)
     return Token(now, departing, masks.of_step(visible, slots, positions.shape[0], positions.device))
 
