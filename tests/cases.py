@@ -160,7 +160,6 @@ EAGER_ONLY = ("gemma2",)
 # What every law must hold for.
 FAMILIES = tuple(MODELS)
 # Those with sliding layers of their own have no static cache.
-STATIC_FAMILIES = tuple(name for name in MODELS if name not in ("gemma2", "gemma3"))
 # One with rotary and grouped heads, one with learned positions and Conv1D: enough where the architecture is no issue.
 TWO_FAMILIES = ("llama", "gpt2")
 

@@ -72,7 +72,6 @@ def test_other_cache_implementations(name):
     ("family", "fields", "reason"),
     [
         ("llama", {"cache_window": None}, "bounded window"),
-        ("gemma3", {}, "layers of sliding or linear attention"),
     ],
 )
 def test_static_cache_of_what_has_no_static_form(family, fields, reason):

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
+    StaticSlidingWindowLayer,
 )
 
 from ..config import PTEConfig
@@ -77,18 +78,17 @@ class PTECache(Cache):
         layers: list[Any] = list(DynamicCache(config=model_config).layers)
         if self.window is not None:
             made = partial(ThoughtLayer, self.window, self.policy, shared=self.shared)
-            layers = [_bounded(layer, made, index) for index, layer in enumerate(layers)]
+            layers = [_bounded(layer, made, index, static) for index, layer in enumerate(layers)]
             if not any(isinstance(layer, ThoughtLayer) for layer in layers):
                 raise NotImplementedError(
                     f"`cache_window` has nothing to bound: every layer of {type(model_config).__name__} already has "
                     "memory of fixed size. Use PTEConfig(cache_window=None), or plain LoRA."
                 )
         super().__init__(layers=layers)
-        if static and (self.window is None or len(self.thought_layers) < len(self.layers)):
+        if static and (self.window is None or not self.continuable):
             raise NotImplementedError(
-                f"A static cache needs a bounded window in all layers, got cache_window={self.window} and, in "
-                f"{type(model_config).__name__}, {len(self.layers) - len(self.thought_layers)} layers of sliding or linear "
-                "attention. Leave `cache_implementation` unset."
+                f"A static cache needs a bounded window and no linear attention, got cache_window={self.window} and a "
+                f"{type(model_config).__name__}. Leave `cache_implementation` unset."
             )
         self.fingerprint = fingerprint(pte_config)
         self.state = ThoughtState(len(layers))
@@ -470,9 +470,11 @@ def _map_own(layer: Any, function: Callable[[Any], Any]) -> None:
             setattr(layer, name, held)
 
 
-def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int) -> Any:
+def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int, static: bool) -> Any:
     if type(layer) is DynamicLayer:
         return made(index=index)
+    if type(layer) is DynamicSlidingWindowLayer and static:
+        return StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
     if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
         return layer
     raise NotImplementedError(

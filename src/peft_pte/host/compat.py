@@ -15,6 +15,9 @@ CACHE_NAMES = ("past_key_values", "layer_past")
 # Inputs of a decoder layer with a token axis, and which one it is (5.17 to 5.23).
 PER_TOKEN = {"hidden_states": 1, "position_ids": -1, "position_embeddings": -2, "cache_position": 0}
 
+# What full attention is called where masks go by the kind of layer (5.17 to 5.23).
+FULL_ATTENTION = "full_attention"
+
 # Where accelerate keeps the forward that its hook calls, and gives back when the hook goes (accelerate 1.15).
 HOOKED_FORWARD = "_old_forward"
 

@@ -102,7 +102,8 @@ class ChunkMasks:
             return None
         if kind in ("eager", "sdpa") and visible is not None:
             # Of numbers, or each layer would make them of the truth values again.
-            return torch.where(visible[:, None, None], 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+            nothing = torch.zeros((), dtype=self.dtype, device=device)
+            return torch.where(visible[:, None, None], nothing, nothing + torch.finfo(self.dtype).min)
         visible = visible if visible is None or visible.shape[0] == rows else visible.expand(rows, -1)
         return self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
 

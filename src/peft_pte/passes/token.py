@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
 
 from ..cache.cache import PTECache, check_cache
 from ..cache.fixed import FixedAddresses
 from ..cache.rows import Rows
 from ..cache.store import Leaving, Step
+from ..host.compat import FULL_ATTENTION
 from ..ops import compress_
 from ..seam import Generation, Seam
 from .block import Pass, running
@@ -58,7 +60,8 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         _make_ready(seam, adapter, cache, rows, cache.fixed, token)
         cache.fixed.ready = True
         try:
-            output = step(seam, **{**arguments, "attention_mask": token.mask}, past_key_values=cache)
+            mask = _masks(seam, cache, token, arguments["attention_mask"], positions)
+            output = step(seam, **{**arguments, "attention_mask": mask}, past_key_values=cache)
         finally:
             cache.fixed.ready = False
     else:
@@ -135,14 +138,30 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
     elif generation is not None and generation.shift is not None:
         positions = positions - generation.shift[:, None]
     before = cache.evictions
-    token = _count(seam, cache, rows, positions.expand(like.shape[0], 1)[:, 0], None, None)
+    positions = positions.expand(like.shape[0], 1)
+    token = _count(seam, cache, rows, positions[:, 0], None, None)
     _make_ready(seam, adapter, cache, rows, fixed, token)
+    mask = _masks(seam, cache, token, attention_mask, positions)
     fixed.ready = True
     if generation is not None:
         generation.note_ends(rows, generation.ids)
     cache.count(rows, 1)
     seam.observe(cache, None, evicted=cache.evictions > before)
-    return token.mask
+    return mask
+
+
+def _masks(seam: Seam, cache: PTECache, token: Token, attention_mask: Tensor | None, positions: Tensor) -> Any:
+    """The mask over slots; beside layers that are not bounded by the kind of layer, theirs as the host makes it."""
+    if cache.bounds_all:
+        return token.mask
+    masks = create_masks_for_generate(
+        seam.text_config,
+        torch.empty(*positions.shape, 0, dtype=seam.model.dtype, device=positions.device),
+        attention_mask,
+        cache,
+        positions,
+    )
+    return {**masks, FULL_ATTENTION: token.mask}
 
 
 def step(seam: Seam, *args: Any, **kwargs: Any) -> Any:

@@ -90,7 +90,7 @@ def _is_step(arguments: dict[str, Any]) -> bool:
     """Whether these are the arguments of a step that :func:`prepare` prepared."""
     mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
     fixed = cache.fixed if isinstance(cache, PTECache) else None
-    return fixed is not None and fixed.ready and mask is not None and mask.ndim == 4
+    return fixed is not None and fixed.ready and (isinstance(mask, dict) or (mask is not None and mask.ndim == 4))
 
 
 def _backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
