@@ -251,7 +251,7 @@ class PTECache(Cache):
                 "Rows can be replaced where all layers of the model are bounded and all prompts have come to their end (see "
                 "PTEConfig.prompt_end; or give `prompt_length`). Decode the new prompts in a cache of their own."
             )
-        mine.settle()
+        mine.synchronize()
         there = torch.tensor(list(rows), device=mine.device)
         if self.prompt_ends is not None and other.prompt_ends is not None:
             behind = max(mine.columns, theirs.columns) - theirs.columns

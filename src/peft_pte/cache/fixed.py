@@ -44,7 +44,7 @@ class FixedAddresses:
         """The same, on every device."""
         yield from self._counters.items()
 
-    def publish(self, state: ThoughtState, index: int, value: Tensor, dtype: torch.dtype) -> None:
+    def write_state(self, state: ThoughtState, index: int, value: Tensor, dtype: torch.dtype) -> None:
         """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read."""
         read = self.states.get(index)
         state.layers[index] = LayerState(value.contiguous())

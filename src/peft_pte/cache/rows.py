@@ -109,7 +109,7 @@ class Rows:
 
     # Calls of several tokens.
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Let the host know which rows have ended; what it is told of counts is exact from here to the next step."""
         if self.running is None:
             return

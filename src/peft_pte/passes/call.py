@@ -187,7 +187,7 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
     rows = None if cache is None else cache.rows
     if cache is None or rows is None or (generation is not None and generation.started):
         return
-    rows.settle()
+    rows.synchronize()
     empty, unused = rows.empty, rows.unused
     if unused is not None and not cache.bounds_all and bool(unused.any()):
         raise NotImplementedError(_ENDED_IN_A_HYBRID)

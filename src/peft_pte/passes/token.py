@@ -177,7 +177,7 @@ def _make_ready(seam: Seam, adapter: str, cache: PTECache, rows: Rows, fixed: Fi
             value = cache.state.layers[index].value
             if value is None:
                 value = encoder.initial_state(adapter).expand(len(rows.bound), -1, -1)
-            fixed.publish(cache.state, index, value, seam.adapter_dtype(index, adapter))
+            fixed.write_state(cache.state, index, value, seam.adapter_dtype(index, adapter))
         fixed.stale = False
     if token.step.leaving is not None:
         _evict(seam, adapter, cache, fixed, token.step.leaving, token.departing)
@@ -207,7 +207,7 @@ def _evict(
             state = cache.state.layers[index].value
             if index in encoders and state is not None:
                 after = encoders[index].forward_rows(adapter, state, evicted, leaving.rows)
-                fixed.publish(cache.state, index, after, state.dtype)
+                fixed.write_state(cache.state, index, after, state.dtype)
 
 
 def _compress(
