@@ -114,3 +114,21 @@ def test_detached_recurrence_matches_exact_when_no_key_or_value_is_adapted():
     # With one layer whose keys and values are the base model's, there is nothing that detaching could cut.
     for name, gradient in found[True].items():
         assert_close(found[False][name], gradient)
+
+
+def test_a_kept_cache_is_not_written_where_views_of_it_are_saved():
+    # The keys of the first layer need no gradient here, and its slots are read by every pass.
+    model = make_pte("llama", attn_implementation="sdpa", target_modules=["down_proj"], segment_length=3)
+    ids = torch.randint(1, 57, (2, 40))
+    found = {}
+    for checkpointing in (False, True):
+        cache = model.base_model.new_cache()
+        with torch.no_grad():
+            model.eval()(input_ids=ids[:, :16], prompt_length=4, past_key_values=cache)
+        model.train()
+        (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
+        model.zero_grad()
+        model(input_ids=ids[:, 16:], past_key_values=cache).logits.square().mean().backward()
+        found[checkpointing] = {name: part.grad.clone() for name, part in trainable(model).items()}
+    for name, part in found[False].items():
+        assert_close(found[True][name], part)

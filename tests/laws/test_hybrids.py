@@ -128,3 +128,16 @@ def test_saved_and_loaded(tmp_path):
     torch.manual_seed(99)
     with torch.no_grad():
         assert_close(thought_logits(PeftModel.from_pretrained(base, tmp_path).eval(), batch), expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_row_that_gets_padding_is_refused(name):
+    # The model's own layers would count it.
+    model = make_hybrid(name)
+    cache, ids = model.base_model.new_cache(), torch.randint(1, 57, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[1, -1] = 0
+    with torch.no_grad():
+        model(input_ids=ids[:, :12], prompt_length=5, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="would count the padding"):
+            model(input_ids=ids[:, 12:], attention_mask=mask, past_key_values=cache)

@@ -42,9 +42,9 @@ class Batch:
         with torch.no_grad():
             return self.model(input_ids=self.texts[row : row + 1], prompt_length=self.prompts[row]).logits[0]
 
-    def feed(self, counts, left=True, **kwargs):
+    def feed(self, counts, left=True, width=None, **kwargs):
         """The next ``counts[row]`` tokens of each row, padded to the longest; checks what the model says to each."""
-        width = max(counts)
+        width = width or max(counts)
         ids = torch.full((len(counts), width), PAD)
         mask = torch.zeros_like(ids)
         places = []
@@ -228,6 +228,103 @@ class Chat:
             start = done[row] - 1
             assert_close(logits[row, : turns[turn]], self.expected[row][start : start + turns[turn]])
         return output
+
+
+def go_on(chat, output, mask, turn, width, hidden=()):
+    """All of the text so far and the answers of ``turn``, padded left to ``width``; the mask shows what was generated, but for ``hidden`` rows."""
+    rows, answers = len(chat.texts), torch.full((len(chat.texts), width), PAD)
+    more = torch.zeros(rows, output.sequences.shape[1] - mask.shape[1] + width, dtype=torch.long)
+    for row, turns in enumerate(chat.turns):
+        more[row, : turns[turn - 1] if row in hidden else more.shape[1] - width] = 1
+        answers[row, width - turns[turn] :] = chat.texts[row][chat.upto(row, turn) : chat.upto(row, turn + 1)]
+        more[row, more.shape[1] - turns[turn] :] = 1
+    return torch.cat([output.sequences, answers], dim=1), torch.cat([mask, more], dim=1)
+
+
+@pytest.mark.parametrize("hidden", [(), (1,)], ids=["all shown", "one hidden"])
+@pytest.mark.parametrize("prompts", [(6, 6, 6), (7, 4, 5)], ids=["a mask of ones", "padded"])
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_many_turns_whose_masks_show_what_was_generated(family, static, prompts, hidden):
+    # `generate` drops a mask of ones, and leaves its last column unfed in every turn.
+    model = make_pte(family, attn_implementation="sdpa", prompt_end=MARKER)
+    chat = Chat(model, ((4, 3, 9, 3, 5), (12, 3, 2, 3, 9), (6, 3, 6, 3, 3)), prompts)
+    cache = model.base_model.new_cache(static=static)
+    ids, mask = chat.batch(0)
+    for turn in (0, 2, 4):
+        output = chat.generate(ids, mask, turn, past_key_values=cache)
+        if turn < 4:
+            ids, mask = go_on(chat, output, mask, turn + 1, 3, hidden)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_single_tokens_with_padding_behind(model, static):
+    batch = Batch(model, (4, 4, 4), static)
+    batch.start()
+    batch.feed([11, 8, 9], left=False)
+    for counts in ([1, 1, 1], [1, 0, 1], [0, 1, 1]):
+        batch.feed(counts, left=False, width=4)
+    batch.feed([1, 1, 1])
+
+
+def test_few_thoughts_in_another_phase():
+    # Seven slots of which five leave: no row is far enough for its block to have begun with an eviction.
+    model = make_pte("llama", dtype=torch.float64, attn_implementation="sdpa", cache_window=7, evict_ratio=0.75)
+    batch = Batch(model, (3, 3, 3))
+    batch.start()
+    batch.feed([1, 0, 0])
+    batch.feed([13, 15, 2])
+    batch.feed([1, 1, 1])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_a_row_that_ends_while_the_prompt_of_another_goes_on(static):
+    model = make_pte("llama", attn_implementation="sdpa", prompt_end=4)
+    ids, mask = torch.randint(1, 57, (2, 6)), torch.tensor([[1] * 6, [0] * 5 + [1]])
+    first = [torch.tensor([9, END]), torch.randint(1, 57, (12,))]
+    cache = model.base_model.new_cache(static=static)
+    settings = {"do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True, "past_key_values": cache}
+    force = LogitsProcessorList([Force(first, 6, [0, 0])])
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, eos_token_id=END, logits_processor=force, **settings
+    )
+    turn = torch.randint(1, 57, (2, 3))
+    ids = torch.cat([output.sequences, turn], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 15, dtype=torch.long)], dim=1)
+    again = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, output_logits=True, **settings)
+    for row, (start, thoughts) in enumerate(((0, 2), (5, 12))):
+        text = torch.cat([ids[row, start : 6 + thoughts], turn[row], again.sequences[row, -10:]])
+        with torch.no_grad():
+            alone = model(input_ids=text[None], prompt_length=4).logits[0, -11:-1]
+        assert_close(torch.stack(again.logits, dim=1)[row], alone)
+
+
+def test_a_replaced_row_may_start_with_the_padding_token():
+    model = make_pte("llama", attn_implementation="sdpa", prompt_end=MARKER)
+    chat = Chat(model, ((3,), (9,), (5,)))
+    cache = model.base_model.new_cache()
+    chat.generate(*chat.batch(0), 0, past_key_values=cache)
+    model.replace_rows(cache, [0], torch.tensor([[5, 6, *MARKER]]))
+    columns = cache.get_seq_length()
+    mask = torch.zeros(3, columns + 1, dtype=torch.long)
+    for row, length in enumerate(cache.rows.lengths.tolist()):
+        mask[row, columns - length :] = 1
+    with torch.no_grad():
+        model(input_ids=torch.full((3, 1), PAD), attention_mask=mask, past_key_values=cache)
+    assert cache.rows.thoughts[0] == 1
+
+
+def test_a_turn_of_generate_that_ends_in_padding():
+    model = make_pte("llama", attn_implementation="sdpa", prompt_end=MARKER)
+    chat = Chat(model, ((3,), (9,), (5,)))
+    cache = model.base_model.new_cache()
+    ids, mask = chat.batch(0)
+    output = chat.generate(ids, mask, 0, past_key_values=cache)
+    mask = torch.nn.functional.pad(mask, (0, output.sequences.shape[1] - ids.shape[1]), value=1)
+    with pytest.raises(ValueError, match=r"is padding in rows \[0, 2\] of this turn"):
+        model.generate(output.sequences, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="once rows have ended"):
+        cache.crop(-1)
 
 
 TURNS = ((WINDOW + 3, 4, 11), (3, 6, 2 * WINDOW), (2 * WINDOW + 1, 1, 5))

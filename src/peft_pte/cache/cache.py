@@ -332,6 +332,13 @@ class PTECache(Cache):
                 "brought back. Assisted decoding works until the window is full: use a larger cache_window, or "
                 "generate without an assistant."
             )
+        if self.rows is not None:
+            self.rows.synchronize()
+            if self.rows.unused is not None and bool(self.rows.unused.any()):
+                raise ValueError(
+                    f"`tokens_to_remove` must be 0 once rows have ended, got {tokens_to_remove}: the last columns are not the same tokens in "
+                    "all rows. Hide them by the mask of the next call instead."
+                )
         thoughts = self.get_seq_length() if self.rows is None else min(self.rows.bound)
         if tokens_to_remove > 0 or thoughts < -tokens_to_remove:
             raise ValueError(

@@ -32,7 +32,8 @@ class Clocks:
         writing = {phase for phase, count in zip(phases, new, strict=True) if count}
         if len(writing) < 2 or max(new) < 2:
             return (0,) * len(new)
-        return tuple(phase if count else 0 for phase, count in zip(phases, new, strict=True))
+        first = min(writing)
+        return tuple(phase - first if count else 0 for phase, count in zip(phases, new, strict=True))
 
     def due(self, row: int, thought: int, new: int) -> bool:
         """Whether an eviction comes before the thought ``thought`` of the ``new`` ones of a row."""
@@ -114,7 +115,8 @@ class Rows:
         if self.running is None:
             return
         behind = torch.tensor(self.bound, device=self.device) - self.thoughts
-        self.unused, self.ended = behind if self.unused is None else self.unused + behind, ~self.running
+        self.note_unused(behind)
+        self.ended = ~self.running
         self.bound, self.running, self._lists = self.thoughts.tolist(), None, {}
 
     def take_back(self, thoughts: Sequence[int]) -> bool:
@@ -143,7 +145,11 @@ class Rows:
     def write(self, thoughts: Sequence[int]) -> None:
         """Note that so many thoughts were written."""
         self.bound = [before + new for before, new in zip(self.bound, thoughts, strict=True)]
-        self.thoughts = torch.tensor(self.bound, device=self.device)
+        self.thoughts = self.thoughts + torch.tensor(thoughts, device=self.device)
+
+    def note_unused(self, columns: Tensor) -> None:
+        """Note that so many columns ``[B]`` were given to each row behind its end."""
+        self.unused = columns if self.unused is None else self.unused + columns
 
     def replace(self, rows: Sequence[int], other: Rows) -> None:
         """Let ``rows`` be those of ``other``; to the caller they are padded in front to the columns that others have."""
@@ -166,6 +172,8 @@ class Rows:
         self.positions = self.positions.index_copy(0, there, other.positions)
         if self.unused is not None:
             self.unused = self.unused.index_fill(0, there, 0)
+        if self.ended is not None:
+            self.ended = self.ended.index_fill(0, there, False)
         self.columns = max(self.columns, other.columns)
 
     def unrolling(self) -> Unrolling:

@@ -174,6 +174,8 @@ class ThoughtLayer(CacheLayerMixin):
         self._new_positions: Tensor | None = None
         self.write: Tensor | None = None
         self.slots = 0
+        # Whether what stands in slots is to stay what it is, for a backward pass.
+        self.frozen = False
         self.seen = 0
         self.seen_tensor: Tensor | None = None
 
@@ -279,7 +281,9 @@ class ThoughtLayer(CacheLayerMixin):
         there = ending.columns.to(window.keys.device)
         rows = None if ending.rows is None else ending.rows.to(window.keys.device)
         block = self._reserved(window, prompt)
-        self.block = _put(block, _rows_of(window, rows).gather(there), prompt, rows, _in_place(window.keys, block.keys))
+        self.block = _put(
+            block, _rows_of(window, rows).gather(there), prompt, rows, self._in_place(window.keys, block.keys)
+        )
         if self.column_positions is not None:
             chosen = self.column_positions if rows is None else self.column_positions.index_select(0, rows)
             taken = _gathered(chosen, there, self.window)
@@ -293,14 +297,14 @@ class ThoughtLayer(CacheLayerMixin):
         if sum(part.length for part in self.prompt) > self.unrolled:
             held = _joined(self.prompt)
             block = self._reserved(held, prompt)
-            self.block = _put(block, held, 0, None, _in_place(held.keys, block.keys))
+            self.block = _put(block, held, 0, None, self._in_place(held.keys, block.keys))
         self.prompt, self.recent, self.column_positions, self.unrolled = (), (), None, 0
 
     def replace(self, rows: Tensor, other: ThoughtLayer, prompt: int) -> None:
         """Let ``rows [B']`` be those of ``other``, behind a prompt of ``prompt``."""
         there, new = rows.to(self.at_rest.keys.device), other.at_rest
         self.block = block = self._reserved(self.at_rest, prompt)
-        in_place = _in_place(new.keys, block.keys)
+        in_place = self._in_place(new.keys, block.keys)
         block = _put(block, new.narrow(0, other.prompt_slots), 0, there, in_place)
         self.block = _put(block, new.narrow(other.prompt_slots, self.window), prompt, there, in_place)
         held, theirs = self.slot_positions, other.slot_positions
@@ -319,11 +323,11 @@ class ThoughtLayer(CacheLayerMixin):
             if prompt == first:
                 return old
             moved = old.narrow(first, self.window).map(torch.clone)
-            return _put(old, moved, prompt, None, _in_place(like.keys, old.keys))
+            return _put(old, moved, prompt, None, self._in_place(like.keys, old.keys))
         block = self._allocated(like, self.capacity(prompt))
         if old is None or not same:
             return block
-        in_place = _in_place(like.keys, old.keys)
+        in_place = self._in_place(like.keys, old.keys)
         block = _put(block, old.narrow(0, first), 0, None, in_place)
         return _put(block, old.narrow(first, self.window), prompt, None, in_place)
 
@@ -366,7 +370,7 @@ class ThoughtLayer(CacheLayerMixin):
         if leaving.over is not None:
             as_it_is = torch.arange(self.window, device=held.device)
             order = torch.where(leaving.over.to(held.device)[:, None, None], as_it_is, order)
-        in_place = _in_place(block.keys)
+        in_place = self._in_place(block.keys)
         self.block = _put(block, window.gather(order), self.prompt_slots, rows, in_place)
         chosen = held.gather(2, order)
         self.slot_positions = chosen if rows is None else positions.index_copy(0, rows, chosen)
@@ -390,7 +394,7 @@ class ThoughtLayer(CacheLayerMixin):
             return self._append(new)
         block, there = self.at_rest, self.write[:, None, None, None]
         pairs = zip(block, new, strict=True)
-        if _in_place(new.keys, block.keys):
+        if self._in_place(new.keys, block.keys):
             for part, more in pairs:
                 part.scatter_(2, there.expand_as(more), more)
         else:
@@ -410,6 +414,10 @@ class ThoughtLayer(CacheLayerMixin):
                 held = self.column_positions
                 self.column_positions = wide if held is None else torch.cat([held, wide], dim=2)
         return seen
+
+    def _in_place(self, *tensors: Tensor) -> bool:
+        """Whether slots may be written in place: not where a gradient flows through them, or views of them may be saved for one."""
+        return not self.frozen and not any(tensor.requires_grad for tensor in tensors)
 
     # What all caches can do.
 
@@ -470,11 +478,6 @@ def at_address(old: Any, new: Any) -> Any:
     if isinstance(new, Place) or new.shape != old.shape or new.device != old.device:
         return new
     return old.copy_(new)
-
-
-def _in_place(*tensors: Tensor) -> bool:
-    """Whether slots may be written in place: not where a gradient flows through them, or was to."""
-    return not any(tensor.requires_grad for tensor in tensors)
 
 
 def _joined(parts: tuple[KeyValue, ...]) -> KeyValue:

@@ -167,7 +167,10 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
         held = this.starts[index].fork() if index in this.starts else cache.one_layer(index)
         if this.again and index not in this.starts:
             this.starts[index] = held.fork()
-    bounded = isinstance(held.layers[index], ThoughtLayer)
+    content = held.layers[index]
+    bounded = isinstance(content, ThoughtLayer)
+    if isinstance(content, ThoughtLayer):
+        content.frozen = this.functional
     run = _whole if not bounded else _chunk if this.step is None else _token
     outputs: list[Any] = []
     for number in range(len(this.work) if run is _chunk else 1):

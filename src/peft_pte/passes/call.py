@@ -129,7 +129,7 @@ def positions_of(call: Call, generation: Generation | None) -> Tensor:
     """``[B, N]``: the k-th real token of a row has position k, whatever was evicted and however it is padded."""
     if call.positions is not None:
         shift = None if generation is None else generation.shift
-        return call.positions if shift is None else call.positions - shift[:, None]
+        return call.positions if shift is None else (call.positions - shift[:, None]).clamp(min=0)
     batch, columns = call.shape
     rows = None if call.cache is None else call.cache.rows
     new = None if call.mask is None else call.mask[:, call.seen :].long()
@@ -197,7 +197,9 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
                 f"`attention_mask` must go on covering the {call.seen} tokens seen, some of which are padding; got None. Append "
                 "ones for the new tokens, as `generate` does."
             )
-        _hide_last_padding(call, rows, generation)
+        if generation is not None and unused is not None:
+            generation.shift = empty
+        _hide_last_padding(call, rows, generation, torch.zeros_like(empty))
         return
     past = call.mask[:, : call.seen]
     hidden = (~past).sum(dim=1)
@@ -215,12 +217,15 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
         )
     if generation is not None and shown:
         # `generate` counts positions by its mask, which shows what a row was given behind its end.
-        generation.shift = empty - hidden
-    _hide_last_padding(call, rows, generation)
+        generation.shift = (empty - hidden).clamp(min=0)
+    _hide_last_padding(call, rows, generation, hidden)
 
 
-def _hide_last_padding(call: Call, rows: Rows, generation: Generation | None) -> None:
-    """Take what the generation before appended last, and never fed, for what it is in rows that had ended: padding."""
+def _hide_last_padding(call: Call, rows: Rows, generation: Generation | None, hidden: Tensor) -> None:
+    """Take what the generation before appended last, and never fed, for what it is in rows that had ended: padding.
+
+    A caller whose mask hides a row's end (``hidden [B]`` columns in all) knows of it, and is believed.
+    """
     ended, rows.ended = rows.ended, None
     ids = call.tokens.get("input_ids")
     if ended is None or ids is None or rows.padding_token is None:
@@ -230,15 +235,52 @@ def _hide_last_padding(call: Call, rows: Rows, generation: Generation | None) ->
     if mask is None:
         mask = torch.ones(batch, call.seen + columns, dtype=torch.bool, device=call.device)
     padding = ended & (ids[:, 0] == rows.padding_token) & mask[:, call.seen]
+    if rows.unused is not None:
+        padding &= (rows.unused == 0) | (hidden < rows.empty)
     if not bool(padding.any()):
         return
     call.mask = mask.clone()
     call.mask[:, call.seen] &= ~padding
+    rows.note_unused(padding.long())
     if generation is not None:
         more = padding.long()
         generation.shift = more if generation.shift is None else generation.shift + more
 
 
+def check_last_column(call: Call) -> None:
+    """Refuse a later turn of `generate` in which a row has nothing to go on from in the last column.
+
+    Raises:
+        ValueError: It is padding there: what comes next would be sampled from it.
+    """
+    if call.mask is None or call.cache is None or not call.seen:
+        return
+    real: list[bool] = call.mask[:, -1].tolist()
+    if not all(real):
+        rows = [row for row, there in enumerate(real) if not there]
+        raise ValueError(
+            f"`generate` goes on from the last column, which is padding in rows {rows} of this turn. Pad turns on the left, and give every row "
+            "a token; rows that are done can be left out (cache.batch_select_indices), or replaced (model.replace_rows)."
+        )
+
+
+def hide_what_ended(call: Call, rows: Rows) -> None:
+    """Let what `generate` gives to rows that have ended be padding."""
+    if rows.running is None:
+        return
+    batch, columns = call.shape
+    if call.mask is None:
+        call.mask = torch.ones(batch, call.seen + columns, dtype=torch.bool, device=call.device)
+    call.mask = call.mask.clone()
+    call.mask[:, call.seen :] &= rows.running[:, None]
+    rows.note_unused((~rows.running).long() * columns)
+
+
+OUT_OF_STEP = (
+    "Rows of this batch differ in the number of tokens after the end of their prompts, or a later part of a prompt is padded, and the sliding "
+    "or linear attention of this model would count the padding. Take rows of one length together (one row at a time always works), or give "
+    "`prompt_length` so that all of the input is prompt."
+)
 _ENDED_IN_A_HYBRID = (
     "Rows of this cache have ended before others, and the sliding or linear attention of this model has read the padding that came behind "
     "their ends, which cannot be taken back. Prefill these conversations again without the cache."

@@ -82,7 +82,9 @@ def lay_out(
     thoughts = tuple(counts)
     offsets = (0,) * len(thoughts) if clocks is None else clocks.offsets(thoughts)
     longest = max(offset + count for offset, count in zip(offsets, thoughts, strict=True))
-    is_aligned = is_aligned and not any(offsets)
+    # One thought of rows that share no clock comes in one column.
+    apart = clocks is not None and len(set(clocks.thoughts)) > 1 and longest == 1 < columns - first
+    is_aligned = is_aligned and not any(offsets) and not apart
     needed = (first, columns - first) if is_aligned else (widest, longest)
     widest, longest = needed if agree is None else agree(*needed)
     if is_aligned and (widest, longest) == needed:

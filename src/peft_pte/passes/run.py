@@ -25,8 +25,11 @@ from ..seam import Generation, Seam
 from .block import Pass, Work, running
 from .boundary import OpenPrompt, PromptEnds, PromptSpec
 from .call import (
+    OUT_OF_STEP,
     Call,
     check_continuation,
+    check_last_column,
+    hide_what_ended,
     mask_by_column,
     positions_of,
     refuse_packed,
@@ -55,12 +58,20 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
         check_continuation(call, generation)
+    begins = generation is not None and not generation.started
+    if begins:
+        check_last_column(call)
     ends = None if config.cache_window is None else find_ends(seam, adapter, call, prompt)
     cache = call.cache
     if call.shape[1] == 1 and cache is not None and cache.rows is not None and ends is None:
         output = run_token(seam, adapter, call, generation)
     else:
+        if cache is not None and cache.rows is not None and not begins:
+            hide_what_ended(call, cache.rows)
         output, cache = _run_passes(seam, adapter, call, ends, generation)
+        # A row may end while the prompts of others go on.
+        if generation is not None and generation.started and cache.rows is not None and call.shape[1] == 1:
+            generation.note_ends(cache.rows, call.tokens.get("input_ids"))
     if generation is not None:
         generation.started = True
     output.past_key_values = cache if call.use_cache else None
@@ -136,7 +147,8 @@ def _run_passes(
         layout.mask,
         past,
         seen,
-        rows,
+        # As they are now: a pass may run again after they have moved on.
+        None if rows is None else rows.fork(),
         turn,
         ChunkMasks(seam.text_config, seam.model.dtype, cache.window or 0, plan.step),
         checkpointed,
@@ -204,17 +216,10 @@ def _lay_out(
     if not cache.bounds_all:
         padded = call.seen > 0 and layout.mask is not None and bool((~layout.mask[:, : layout.prompt]).any())
         if call.cache is not None and (padded or layout.ragged):
-            raise NotImplementedError(_OUT_OF_STEP)
+            raise NotImplementedError(OUT_OF_STEP)
         # A cache in another layout than its caller's columns cannot be continued by the caller's masks.
         call.use_cache = call.use_cache and (layout.source is None or call.cache is not None) and not layout.ragged
     return layout
-
-
-_OUT_OF_STEP = (
-    "Rows of this batch differ in the number of tokens after the end of their prompts, or a later part of a prompt is padded, and the sliding "
-    "or linear attention of this model would count the padding. Take rows of one length together (one row at a time always works), or give "
-    "`prompt_length` so that all of the input is prompt."
-)
 
 
 def _as_wide(width: int, prompt: int, thoughts: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ..host.compat import FULL_ATTENTION
 from ..ops import compress_
 from ..seam import Generation, Seam
 from .block import Pass, running
-from .call import Call, mask_by_column, positions_of
+from .call import OUT_OF_STEP, Call, mask_by_column, positions_of
 from .masks import ChunkMasks
 
 
@@ -40,10 +40,13 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
 
     Raises:
         ValueError: The model has learned positions, and none for this thought.
+        NotImplementedError: A row gets padding, which layers of the model that are not bounded would count.
     """
     cache, rows = call.bounded
     positions = positions_of(call, generation)
     real, writes = _padding(call, generation)
+    if real is not None and not cache.bounds_all:
+        raise NotImplementedError(OUT_OF_STEP)
     before = cache.evictions
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
     valid = None if call.mask is None else call.mask[:, -1:]
@@ -136,7 +139,7 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
     if positions is None:
         positions = rows.lengths[:, None]
     elif generation is not None and generation.shift is not None:
-        positions = positions - generation.shift[:, None]
+        positions = (positions - generation.shift[:, None]).clamp(min=0)
     before = cache.evictions
     positions = positions.expand(like.shape[0], 1)
     token = _count(seam, cache, rows, positions[:, 0], None, None)

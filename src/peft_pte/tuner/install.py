@@ -124,7 +124,7 @@ def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any
     inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
     fixed = cache.fixed if isinstance(cache, PTECache) else None
     if generation is not None and generation.shift is not None and fixed is not None and fixed.ready:
-        inputs["position_ids"] = inputs["position_ids"] - generation.shift[:, None]
+        inputs["position_ids"] = (inputs["position_ids"] - generation.shift[:, None]).clamp(min=0)
     return inputs
 
 
