@@ -108,6 +108,11 @@ class Rows:
         """``[B]``, columns of the caller that hold no token of a row."""
         return self.columns - self.lengths
 
+    @property
+    def padded(self) -> bool:
+        """Whether a column that the caller gave may hold no token, as far as the host knows."""
+        return self.prompt_mask is not None or any(self.prompt + count != self.columns for count in self.bound)
+
     # Calls of several tokens.
 
     def synchronize(self) -> None:

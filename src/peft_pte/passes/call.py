@@ -192,7 +192,7 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
     if unused is not None and not cache.bounds_all and bool(unused.any()):
         raise NotImplementedError(_ENDED_IN_A_HYBRID)
     if call.mask is None:
-        if call.positions is None and bool((empty if unused is None else empty - unused).any()):
+        if call.positions is None and rows.padded and bool((empty if unused is None else empty - unused).any()):
             raise ValueError(
                 f"`attention_mask` must go on covering the {call.seen} tokens seen, some of which are padding; got None. Append "
                 "ones for the new tokens, as `generate` does."
