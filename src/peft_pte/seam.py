@@ -19,7 +19,8 @@ from .cache.cache import PTECache
 from .cache.rows import Rows
 from .config import PTEConfig
 from .host.compat import CACHE_METHOD, attention_of
-from .host.sites import find_backbone, find_sites
+from .host.sites import Site, find_sites
+from .host.trial import counts_columns
 from .method.encoder import CHILD_NAME, PTEEncoder
 from .method.layer import PTELinear, weight_of
 from .passes.boundary import PromptSpec, PromptWatch
@@ -55,9 +56,9 @@ class Seam:
             )
         self.model: Any = model
         self.text_config: Any = model.config.get_text_config(decoder=True)
-        self.sites = find_sites(model)
-        self.backbone: Any = find_backbone(model, next(iter(self.sites.values())).attention_name)
-        self.rotary = any(site.rotation is not None or site.rotation_error for site in self.sites.values())
+        self.found = find_sites(model)
+        self.backbone: Any = self.found.backbone
+        self.counts_columns = counts_columns(self.backbone)
         self.checkpointable: list[Any] = [
             module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
         ]
@@ -66,6 +67,16 @@ class Seam:
         self.calls = Calls()
         # A hook that dispatches weights over devices may have replaced the forward of the instance already.
         self.dispatched = self.backbone.__dict__.get("forward")
+
+    @property
+    def sites(self) -> dict[int, Site]:
+        """The decoder layers, by their layer of the cache."""
+        return self.found.by_index
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are told by rotation, so that there is no last one."""
+        return self.found.rotary
 
     @staticmethod
     def of(model: nn.Module) -> Seam | None:

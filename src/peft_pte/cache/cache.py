@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -153,7 +154,7 @@ class PTECache(Cache):
     @property
     def bounds_all(self) -> bool:
         """Whether all layers are bounded."""
-        return len(self.thought_layers) == len(self.layers)
+        return all(isinstance(layer, (ThoughtLayer, DummyLayer)) for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen, evicted ones and padding included."""
@@ -482,7 +483,7 @@ def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int, static: 
         return made(index=index)
     if type(layer) is DynamicSlidingWindowLayer and static:
         return StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
-    if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer):
+    if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer):
         return layer
     raise NotImplementedError(
         f"`cache_window` cannot bound a model whose layer {index} keeps a {type(layer).__name__}: full attention gets the "

@@ -12,6 +12,15 @@ from transformers import GenerationMixin, PreTrainedModel
 # What decoder layers call the cache they are given (5.17 to 5.23).
 CACHE_NAMES = ("past_key_values", "layer_past")
 
+# Where attention layers keep the number of their layer of the cache (5.17 to 5.23).
+LAYER_NUMBERS = ("layer_idx", "layer_id")
+
+# Models whose positions come from the attention mask, without a field of the config that says so (5.17 to 5.23).
+POSITIONS_FROM_MASK = ("bloom", "mpt", "cpmant")
+
+# Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.23).
+LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
+
 # Inputs of a decoder layer with a token axis, and which one it is (5.17 to 5.23).
 PER_TOKEN = {"hidden_states": 1, "position_ids": -1, "position_embeddings": -2, "cache_position": 0}
 

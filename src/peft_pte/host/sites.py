@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +17,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..config import PTEConfig
 from ..method.layer import is_linear
-from ..method.rotary import Rotation, find_rotation, has_numbers, probe
+from ..method.rotary import Rotation
+from .compat import CACHE_NAMES, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, POSITIONS_FROM_MASK
+from .rotations import find_rotation, guess_rotation
+from .trial import Trial, has_numbers, try_out
 
 # Classes of linear layers that choose experts instead of computing features.
 _ROUTERS = ("Router", "TopK", "Gate")
-# Rotations that depend on the length of the call: a rollout and its replay would rotate differently.
-_LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 
 
 @dataclass
@@ -27,68 +31,170 @@ class Site:
     """One decoder layer."""
 
     index: int
+    """Its layer of the cache."""
     block: str
     """Name of the decoder layer in the model; its linears are below it."""
     attention_name: str
     attention: nn.Module
     layer_type: str | None
-    width: int
-    """``D``, flattened KV width."""
-    rotation: Rotation | None
-    rotation_error: NotImplementedError | None
     evicts: bool
     """Whether the window bounds it: sliding and linear attention keep what they keep, and lose nothing to a state."""
+    key_width: int = 0
+    """``D_k``, flattened width of what is cached as keys."""
+    value_width: int = 0
+    """``D_v``, the same of values."""
+    key_rotation: Rotation | None = None
+    """``None``: keys are cached unrotated."""
+    value_rotation: Rotation | None = None
+    """The same of values, which latent attention rotates."""
+    unknown_rotation: str | None = None
+    """Why the rotation of keys cannot be undone, if so."""
 
 
-def find_sites(model: PreTrainedModel) -> dict[int, Site]:
-    """The decoder layers of ``model`` by index.
+@dataclass
+class Sites:
+    """All decoder layers of a model."""
+
+    backbone: PreTrainedModel
+    """The innermost model that holds them: the one whose forward every caller ends in."""
+    by_index: dict[int, Site]
+    readers: frozenset[str] = field(default_factory=frozenset)
+    """Names of linears that read what is cached: no token is their own, so no state is."""
+    rotary: bool = False
+    """Whether positions are told by rotation, so that there is no last one."""
+
+
+def find_sites(model: PreTrainedModel) -> Sites:
+    """The decoder layers of ``model``.
 
     Raises:
         NotImplementedError: The model is no decoder whose attention layers and positions can be told.
     """
     config = model.config.get_text_config(decoder=True)
     _refuse_architecture(model, config)
-    layer_types = getattr(config, "layer_types", None)
+    layer_types = getattr(config, "layer_types", None) or ()
     kept = DynamicCache(config=config).layers
-    sites: dict[int, Site] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or not type(module).__name__.endswith("Attention"):
-            continue
-        if index in sites:
-            raise NotImplementedError(
-                f"{type(model).__name__} has two attention layers of index {index} (`{sites[index].attention_name}` and "
-                f"`{name}`), so it is not clear whose keys and values are evicted. PTE supports decoder-only models with "
-                "one attention layer per decoder layer."
-            )
-        layer_type = layer_types[index] if layer_types else None
-        evicts = type(kept[index]) is DynamicLayer if index < len(kept) else True
-        backbone = find_backbone(model, name)
-        rotation, error, width = None, None, 0
-        if evicts:
-            try:
-                rotation = find_rotation(module, backbone, layer_type)
-            except NotImplementedError as raised:
-                error = raised
-            width = _kv_width(module, backbone, rotation)
-        block = name.rpartition(".")[0]
-        sites[index] = Site(index, block, name, module, layer_type, width, rotation, error, evicts)
-    if not sites:
+    found = list(_attentions(model))
+    if not found:
         raise NotImplementedError(
-            f"{type(model).__name__} has no attention layer that keeps keys and values (`layer_idx` on a class named "
-            "...Attention). PTE supports transformers' decoder-only causal LMs."
+            f"{type(model).__name__} has no decoder layer that keeps keys and values of its tokens in a cache of transformers, so there "
+            "is nothing that could be evicted and encoded. Use LoRA for this model."
         )
-    layers, _, _ = next(iter(sites.values())).block.rpartition(".")
+    backbone = find_backbone(model, found[0][1])
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    sites: dict[int, Site] = {}
+    competing: dict[int, list[nn.Module]] = {}
+    for index, name, module, block in found:
+        if not name.startswith(prefix):
+            continue
+        evicts = type(kept[index]) is DynamicLayer if index < len(kept) else True
+        if index in sites and sites[index].block != block:
+            raise NotImplementedError(
+                f"{type(model).__name__} has two decoder layers that write to layer {index} of the cache (`{sites[index].block}` and "
+                f"`{block}`): one layer's weights run more than once per token, so it is not clear which of its states an adapter reads. "
+                "Use LoRA for this model."
+            )
+        layer_type = layer_types[index] if index < len(layer_types) else None
+        sites.setdefault(index, Site(index, block, name, module, layer_type, evicts))
+        if evicts:
+            competing.setdefault(index, []).append(module)
+    _refuse_shared_layers(model, sites)
+    for number, name, layer in _other_layers(model, next(iter(sites.values())).block, sites):
+        layer_type = layer_types[number] if number < len(layer_types) else None
+        # Linear attention, convolution: no keys and values, so nothing that could be evicted.
+        sites[number] = Site(number, name, name, layer, layer_type, False)
+    trial = try_out(backbone, competing) if competing and has_numbers(backbone) else None
+    for site in sites.values():
+        if site.evicts:
+            _measure(model, backbone, site, trial)
+    readers = frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
+    parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
+    return Sites(backbone, dict(sorted(sites.items())), readers, any(parts))
+
+
+def _attentions(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module, str]]:
+    """Modules that know their layer of the cache and take one, innermost ones: index, name, module, decoder layer."""
+    found: list[tuple[int, str, nn.Module]] = []
+    for name, module in model.named_modules():
+        index = next((value for number in LAYER_NUMBERS if isinstance(value := getattr(module, number, None), int)), None)
+        if index is None or isinstance(module, BaseTunerLayer):
+            continue
+        if any(known in inspect.signature(type(module).forward).parameters for known in CACHE_NAMES):
+            found.append((index, name, module))
+    outer = {
+        name for index, name, _ in found for other, below, _ in found if other == index and below.startswith(f"{name}.")
+    }
+    for index, name, module in found:
+        block = decoder_layer_of(model, name)
+        if name not in outer and block is not None:
+            yield index, name, module, block
+
+
+def decoder_layer_of(model: nn.Module, name: str) -> str | None:
+    """The decoder layer around the module ``name``: the nearest ancestor that is an item of a list; ``None``: there is none."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList):
+            return name
+    return None
+
+
+def _other_layers(model: nn.Module, block: str, sites: dict[int, Site]) -> Iterator[tuple[int, str, nn.Module]]:
+    """Decoder layers beside ``block`` that have no attention."""
+    layers = block.rpartition(".")[0]
+    taken = {site.block for site in sites.values()}
     for number, layer in model.get_submodule(layers).named_children():
-        index = int(number) if number.isdecimal() else -1
-        if index >= 0 and index not in sites:
-            # Linear attention, convolution: no keys and values, so nothing that could be evicted.
-            name, layer_type = f"{layers}.{number}", layer_types[index] if layer_types else None
-            sites[index] = Site(index, name, name, layer, layer_type, 0, None, None, False)
-    return dict(sorted(sites.items()))
+        name = f"{layers}.{number}"
+        if number.isdecimal() and int(number) not in sites and name not in taken:
+            yield int(number), name, layer
 
 
-def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConfig) -> None:
+def _refuse_shared_layers(model: PreTrainedModel, sites: dict[int, Site]) -> None:
+    blocks = [site.block for site in sites.values() if site.evicts]
+    twice = next((block for block in blocks if blocks.count(block) > 1), None)
+    if twice is not None:
+        raise NotImplementedError(
+            f"{type(model).__name__} has several attention layers in one decoder layer (`{twice}`), whose linears could read the state of "
+            "only one of them. Use LoRA for this model."
+        )
+
+
+def _measure(model: PreTrainedModel, backbone: PreTrainedModel, site: Site, trial: Trial | None) -> None:
+    """Note what a layer caches and how it turns it.
+
+    Raises:
+        NotImplementedError: It caches nothing that has heads and tokens.
+    """
+    if trial is None:
+        site.key_width, site.value_width = _widths(site.attention, backbone)
+        try:
+            rotation = guess_rotation(backbone, site.attention, site.layer_type)
+        except LookupError as error:
+            site.unknown_rotation = str(error)
+        else:
+            latent = hasattr(site.attention, "kv_lora_rank")
+            site.key_rotation, site.value_rotation = (None, rotation) if latent else (rotation, None)
+        return
+    cached = trial.cached.get(site.index)
+    if cached is None or any(part.ndim != 4 for part in (*cached.keys, *cached.values)):
+        raise NotImplementedError(
+            f"`{site.attention_name}` of {type(model).__name__} ({type(site.attention).__name__}) hands no keys and values "
+            "[B, heads, T, head_dim] to the layer of the cache that it is numbered for, so it is not known what leaves it. Use LoRA for "
+            "this model."
+        )
+    site.attention = trial.writers[site.index]
+    site.attention_name = next(name for name, module in model.named_modules() if module is site.attention)
+    site.key_width, site.value_width = (part[0].shape[1] * part[0].shape[3] for part in (cached.keys, cached.values))
+    try:
+        site.key_rotation, site.value_rotation = (
+            find_rotation(backbone, site.attention, site.layer_type, part, cached.positions)
+            for part in (cached.keys, cached.values)
+        )
+    except LookupError as error:
+        site.unknown_rotation = str(error)
+
+
+def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> None:
     """Refuse what ``config`` asks of ``model`` and cannot be had.
 
     Raises:
@@ -111,12 +217,8 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
             UserWarning,
             stacklevel=6,
         )
-    if config.key_rotation == "removed" and config.state_update == "progressive":
-        error = next((site.rotation_error for site in sites.values() if site.rotation_error), None)
-        if error is not None:
-            raise error
     for name in _rope_types(text_config):
-        if name in _LENGTH_DEPENDENT_ROTATIONS:
+        if name in LENGTH_DEPENDENT_ROTATIONS:
             raise NotImplementedError(
                 f"`cache_window` cannot bound a model with rope_type={name!r}: its rotation depends on the length of the "
                 "call, so a rollout and its replay would differ. Use a model with another rope_type, or "
@@ -124,25 +226,90 @@ def check_config(model: PreTrainedModel, sites: dict[int, Site], config: PTEConf
             )
 
 
-def default_targets(model: nn.Module, sites: dict[int, Site]) -> set[str]:
-    """Last names of all linear layers of the decoder blocks, adapted already or not."""
-    blocks = tuple(site.block + "." for site in sites.values())
-    names: set[str] = set()
+def settle_rotation(sites: Sites, config: PTEConfig) -> None:
+    """Take ``key_rotation="kept"``, with a warning, where the rotation of keys cannot be undone."""
+    reason = next((site.unknown_rotation for site in sites.by_index.values() if site.unknown_rotation), None)
+    if reason is None or config.key_rotation == "kept" or config.cache_window is None or config.state_update != "progressive":
+        return
+    config.key_rotation = "kept"
+    warnings.warn(
+        f'`key_rotation` is "kept" for this model: {reason}. What leaves the cache is encoded as it is cached, rotation and all. Say '
+        'PTEConfig(key_rotation="kept") to be asked no more.',
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def default_targets(model: nn.Module, sites: Sites, config: PTEConfig) -> set[str]:
+    """Names of all linear layers of the decoder layers that compute features of their tokens, adapted already or not.
+
+    The last part of a name stands for all of them where no other linear of the model has it.
+    """
+    wanted: set[str] = set()
+    others: set[str] = set()
+    for name, module in _linears(model):
+        site = site_of(sites, name)
+        numbers = config.layers_to_transform
+        chosen = numbers is None or site is None or site.index in ([numbers] if isinstance(numbers, int) else numbers)
+        (wanted if site is not None and _is_feature(model, name, module, sites) and chosen else others).add(name)
+    taken = {name.rpartition(".")[2] for name in others}
+    return {name if last in taken else last for name in wanted for last in (name.rpartition(".")[2],)}
+
+
+def left_out(model: nn.Module, sites: Sites) -> dict[str, int]:
+    """Weights of the decoder layers that no adapter of the default targets sits on: numbers of parameters, by name without layer."""
+    found: dict[str, int] = {}
+    adapted = {name for name, module in _linears(model) if site_of(sites, name) and _is_feature(model, name, module, sites)}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        site = site_of(sites, name)
+        base = owner.removesuffix(".base_layer")
+        if site is None or parameter.ndim < 2 or base in adapted or ".pte_" in name or "thought_encoder" in name:
+            continue
+        short = re.sub(r"\.\d+\.", ".N.", name[len(site.block) + 1 :])
+        found[short] = found.get(short, 0) + parameter.numel()
+    return found
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers, those below adapters under the name of what they adapt."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if not name.startswith(blocks) or name.startswith(inside or (" ",)):
+        if inside and name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, name + ".")
-            module = module.get_base_layer()
-        if is_linear(module) and not any(word in type(module).__name__ for word in _ROUTERS):
-            names.add(name.rpartition(".")[2])
-    return names
+            module = module.get_base_layer() if hasattr(module, "base_layer") else module
+        if is_linear(module):
+            yield name, module
 
 
-def site_of(sites: dict[int, Site], name: str) -> Site | None:
+def _is_feature(model: nn.Module, name: str, module: nn.Module, sites: Sites) -> bool:
+    """Whether a linear computes features of the tokens that it is called with, by being called."""
+    if any(word in type(module).__name__ for word in _ROUTERS) or name in sites.readers:
+        return False
+    parent, _, last = name.rpartition(".")
+    owner = type(model.get_submodule(parent))
+    # Fused code reads its weight, and an adapter would be passed by.
+    return not re.search(rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape))", _source(owner))
+
+
+_sources: dict[type, str] = {}
+
+
+def _source(owner: type) -> str:
+    if owner not in _sources:
+        try:
+            lines = inspect.getsource(owner)
+        except (OSError, TypeError):
+            lines = ""
+        _sources[owner] = lines
+    return _sources[owner]
+
+
+def site_of(sites: Sites, name: str) -> Site | None:
     """The decoder layer that the module ``name`` belongs to."""
-    return next((site for site in sites.values() if name.startswith(site.block + ".")), None)
+    return next((site for site in sites.by_index.values() if name.startswith(site.block + ".")), None)
 
 
 def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
@@ -152,15 +319,10 @@ def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
             f"{kind} is an encoder-decoder model, whose thoughts attend to an encoder as well. PTE supports decoder-only "
             "causal LMs."
         )
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "cpmant"):
+    if getattr(config, "alibi", False) or config.model_type in POSITIONS_FROM_MASK:
         raise NotImplementedError(
             f"{kind} derives positions from the attention mask (ALiBi and its kin), so tokens would move when others are evicted. "
-            "PTE supports rotary and learned absolute positions."
-        )
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise NotImplementedError(
-            f"{kind} caches compressed keys and values (multi-head latent attention), of different widths. PTE supports "
-            "multi-head and grouped-query attention."
+            "PTE supports rotary and learned absolute positions. Use LoRA for this model."
         )
 
 
@@ -181,29 +343,24 @@ def find_backbone(model: PreTrainedModel, attention_name: str) -> PreTrainedMode
     return backbone
 
 
-def _kv_width(attention: nn.Module, backbone: Any, rotation: Rotation | None) -> int:
-    """``D``, from what the layer writes to its cache where it can be tried alone, else from its config.
-
-    Raises:
-        NotImplementedError: Keys and values have different widths.
-    """
-    try:
-        written = probe(attention, backbone, rotation, 0) if has_numbers(attention) else None
-    except (TypeError, RuntimeError, AttributeError):
-        written = None  # Not a layer that can be tried alone: the config has to do.
-    if written is not None:
-        widths = {part.shape[1] * part.shape[3] if part.ndim == 4 else -1 for part in (written.keys, written.values)}
-        if len(widths) > 1 or -1 in widths:
-            raise NotImplementedError(
-                f"{type(attention).__name__} caches keys of shape {tuple(written.keys.shape)} and values of shape "
-                f"{tuple(written.values.shape)}. PTE supports layers that cache both as [B, G, T, head_dim]."
-            )
-        return widths.pop()
+def _widths(attention: Any, backbone: Any) -> tuple[int, int]:
+    """``D_k`` and ``D_v`` by the structure of a layer whose weights are not here."""
+    latent = getattr(attention, "kv_lora_rank", None)
+    if latent is not None:
+        return int(latent), int(attention.qk_rope_head_dim)
+    projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+    if isinstance(projections[0], nn.Linear):
+        key, value = projections[0], projections[1] if isinstance(projections[1], nn.Linear) else projections[0]
+        return key.out_features, value.out_features
     config = getattr(attention, "config", backbone.config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    for owner, name in ((attention, "head_dim"), (attention, "head_size"), (config, "head_dim")):
-        head_dim = getattr(owner, name, None)
-        if head_dim is not None:
-            return int(kv_heads * head_dim)
-    return int(kv_heads * (config.hidden_size // heads))
+    head_dim = next(
+        (
+            value
+            for owner, name in ((attention, "head_dim"), (attention, "head_size"), (config, "head_dim"))
+            if (value := getattr(owner, name, None)) is not None
+        ),
+        config.hidden_size // heads,
+    )
+    return int(kv_heads * head_dim), int(kv_heads * head_dim)

@@ -44,7 +44,12 @@ class EncoderSettings:
 class PTEEncoder(nn.Module, PTELayer):
     """One layer's encoder: ``S0 = Norm(enc(h_g, h_g))``, then ``S <- Norm(S + gain * enc(K_e, V_e))``.
 
-    A child of the attention layer it reads. ``rotation`` is that layer's rotary code, ``None`` if it rotates no keys.
+    A child of the attention layer it reads.
+
+    Args:
+        attention: The layer.
+        widths: ``D_k`` and ``D_v``, of what it caches as keys and as values; global tokens have the wider one, ``D``.
+        rotations: How it turns keys and values; ``None``: not at all.
     """
 
     adapter_layer_names = ("pte_global_tokens", "pte_query", "pte_key", "pte_value")
@@ -53,11 +58,13 @@ class PTEEncoder(nn.Module, PTELayer):
     weight = None
     bias = None
 
-    def __init__(self, attention: nn.Module, width: int, rotation: Rotation | None) -> None:
+    def __init__(
+        self, attention: nn.Module, widths: tuple[int, int], rotations: tuple[Rotation | None, Rotation | None]
+    ) -> None:
         super().__init__()
-        self.width = width
+        self.key_width, self.value_width = widths
         # In a tuple, so that neither becomes a submodule of this one.
-        self._outside = (attention, rotation)
+        self._outside = (attention, rotations)
         self.settings: dict[str, EncoderSettings] = {}
         # Kept so that an adapter's config knows it for as long as the encoder has the adapter.
         self.built: dict[str, BuiltAdapter] = {}
@@ -68,14 +75,14 @@ class PTEEncoder(nn.Module, PTELayer):
         self.merged_adapters: list[str] = []
 
     @property
+    def width(self) -> int:
+        """``D``, of global tokens."""
+        return max(self.key_width, self.value_width)
+
+    @property
     def beside(self) -> Tensor:
         """A weight of the attention layer beside this encoder: it tells where the encoder belongs."""
         return next(self._outside[0].parameters())
-
-    @property
-    def rotation(self) -> Rotation | None:
-        """The rotary code of the attention layer beside this encoder."""
-        return self._outside[1]
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.settings)
@@ -103,8 +110,12 @@ class PTEEncoder(nn.Module, PTELayer):
         if state_update == "off":
             return
         self.pte_global_tokens[adapter_name] = GlobalTokens(config.num_queries, self.width)
-        for projection in (self.pte_query, self.pte_key, self.pte_value):
-            projection[adapter_name] = nn.Linear(self.width, rank, bias=False)
+        for projection, width in (
+            (self.pte_query, self.width),
+            (self.pte_key, self.key_width),
+            (self.pte_value, self.value_width),
+        ):
+            projection[adapter_name] = nn.Linear(width, rank, bias=False)
         self.reset_parameters(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -133,7 +144,8 @@ class PTEEncoder(nn.Module, PTELayer):
             return torch.eye(settings.num_queries, settings.rank, dtype=float_dtype(weight), device=weight.device)
         tokens = weight_of(self.pte_global_tokens[adapter_name])
         empty = tokens.new_zeros(1, settings.num_queries, settings.rank, dtype=float_dtype(tokens))
-        start = self._encode(adapter_name, empty, tokens[None, None], tokens[None, None], None)[0, 0]
+        keys, values = tokens[..., : self.key_width], tokens[..., : self.value_width]
+        start = self._encode(adapter_name, empty, keys[None, None], values[None, None], None)[0, 0]
         # Times zero rather than zeros, so that DDP finds every weight in the graph of a call without an eviction.
         return start * 0.0 if settings.empty_start else start
 
@@ -143,14 +155,16 @@ class PTEEncoder(nn.Module, PTELayer):
         if settings.state_update != "progressive":
             return state[:, None].expand(-1, times, -1, -1)
         keys, values = evicted.keys.to(state.dtype), evicted.values.to(state.dtype)
-        if keys.shape[1] * keys.shape[3] != self.width or keys.shape != values.shape:
+        widths = tuple(part.shape[1] * part.shape[3] for part in (keys, values))
+        if widths != (self.key_width, self.value_width):
             raise NotImplementedError(
-                f"{type(self._outside[0]).__name__} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} where "
-                f"its config promises a width of {self.width}. PTE supports layers that cache both as [B, G, T, head_dim]."
+                f"{type(self._outside[0]).__name__} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} where widths of "
+                f"{self.key_width} and {self.value_width} were found. Load the weights of the base model before the adapter is added."
             )
-        rotation = self.applied_rotation(adapter_name)
-        if rotation is not None:
-            keys = rotation.remove(keys, evicted.positions.to(keys.device))
+        positions = evicted.positions.to(keys.device)
+        of_keys, of_values = self.applied_rotations(adapter_name)
+        keys = keys if of_keys is None else of_keys.remove(keys, positions)
+        values = values if of_values is None else of_values.remove(values, positions)
         valid = None
         if evicted.valid is not None:
             # Positions and validity are kept beside the inputs; a model may be spread over devices.
@@ -167,12 +181,13 @@ class PTEEncoder(nn.Module, PTELayer):
         after = self(adapter_name, state.index_select(0, there), evicted)[:, -1]
         return state.index_copy(0, there, after)
 
-    def applied_rotation(self, adapter_name: str) -> Rotation | None:
-        """The rotation that is undone before keys are read; ``None`` where they are read as cached."""
-        return self.rotation if self.settings[adapter_name].rotation_removed else None
+    def applied_rotations(self, adapter_name: str) -> tuple[Rotation | None, Rotation | None]:
+        """The rotations that are undone before keys and values are read; ``None`` where they are read as cached."""
+        of_keys, of_values = self._outside[1]
+        return (of_keys, of_values) if self.settings[adapter_name].rotation_removed else (None, None)
 
     def projections(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``W_Q h_g [Q, R]``, ``W_K [R, D]`` and ``W_V [R, D]``."""
+        """``W_Q h_g [Q, R]``, ``W_K [R, D_k]`` and ``W_V [R, D_v]``."""
         tokens = weight_of(self.pte_global_tokens[adapter_name])
         key, value = weight_of(self.pte_key[adapter_name]), weight_of(self.pte_value[adapter_name])
         wide = float_dtype(tokens)
@@ -183,6 +198,12 @@ class PTEEncoder(nn.Module, PTELayer):
     def _encode(self, adapter_name: str, state: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         settings = self.settings[adapter_name]
         query, key_projection, value_projection = self.projections(adapter_name)
+        if self.key_width != self.value_width:
+            # Operands of one width: zeros add nothing.
+            keys, values, key_projection, value_projection = (
+                nn.functional.pad(part, (0, self.width - part.shape[-1]))
+                for part in (keys, values, key_projection, value_projection)
+            )
         return encode(
             state,
             query,

@@ -125,8 +125,13 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     )
 
 
-def positions_of(call: Call, generation: Generation | None) -> Tensor:
-    """``[B, N]``: the k-th real token of a row has position k, whatever was evicted and however it is padded."""
+def positions_of(seam: Seam, call: Call, generation: Generation | None) -> Tensor:
+    """``[B, N]``: the k-th real token of a row has position k, whatever was evicted and however it is padded.
+
+    A model that takes no positions numbers columns.
+    """
+    if seam.counts_columns:
+        return torch.arange(call.seen, call.seen + call.shape[1], device=call.device).expand(call.shape[0], -1)
     if call.positions is not None:
         shift = None if generation is None else generation.shift
         return call.positions if shift is None else (call.positions - shift[:, None]).clamp(min=0)
@@ -277,8 +282,8 @@ def hide_what_ended(call: Call, rows: Rows) -> None:
 
 
 OUT_OF_STEP = (
-    "Rows of this batch differ in the number of tokens after the end of their prompts, or a later part of a prompt is padded, and the sliding "
-    "or linear attention of this model would count the padding. Take rows of one length together (one row at a time always works), or give "
+    "Rows of this batch differ in the number of tokens after the end of their prompts, or a later part of a prompt is padded, and this model "
+    "(its sliding or linear attention, or its positions) would count the padding. Take rows of one length together (one row at a time always works), or give "
     "`prompt_length` so that all of the input is prompt."
 )
 _ENDED_IN_A_HYBRID = (

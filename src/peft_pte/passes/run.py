@@ -117,7 +117,7 @@ def _run_passes(
     rows = None if cache.window is None else cache.rows_for(call.shape[0], call.device)
     layout = _lay_out(seam, adapter, call, cache, ends, generation)
     past = call.mask[:, :seen] if rows is None and call.mask is not None else None if rows is None else rows.prompt_mask
-    positions = layout.pack(positions_of(call, generation))
+    positions = layout.pack(positions_of(seam, call, generation))
     turn, counts = None, Counts(0, 0, 0, layout.columns, 0)
     if rows is not None:
         if ends is not None:
@@ -207,13 +207,16 @@ def _lay_out(
         torch.zeros(batch, dtype=torch.long, device=call.device) if ends is None or ends.first is None else ends.first
     )
     agree = partial(_widest, call.device) if call.cache is None and seam.sharded() else None
-    if call.cache is not None and not cache.bounds_all:
+    by_column = seam.counts_columns or not cache.bounds_all
+    if call.cache is not None and by_column:
         agree = partial(_as_wide, width)
     layout = lay_out(first, columns.mask, width, rows.clocks, agree)
     marked = ends is not None and ends.open is not None and isinstance(seam.config(adapter).prompt_end, list)
     if generation is not None and marked:
         seam.prompt_watch.check_prefill(layout.columns - layout.prompt, cache.window or 0)
-    if not cache.bounds_all:
+    if seam.counts_columns and (layout.source is not None or layout.ragged):
+        raise NotImplementedError(OUT_OF_STEP)
+    if by_column:
         padded = call.seen > 0 and layout.mask is not None and bool((~layout.mask[:, : layout.prompt]).any())
         if call.cache is not None and (padded or layout.ragged):
             raise NotImplementedError(OUT_OF_STEP)
@@ -266,7 +269,7 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
         else mask_by_column(
             run.past, None if run.mask is None else run.mask[:, : plan.stop], run.seen, run.positions[:, : plan.stop]
         ),
-        "position_ids": positions,
+        **({} if seam.counts_columns else {"position_ids": positions}),
         # Hosts that checkpoint would say that it cannot be; they hand on the cache they are given all the same.
         "use_cache": not run.checkpointed,
         "return_dict": True,

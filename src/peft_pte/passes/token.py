@@ -43,9 +43,9 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         NotImplementedError: A row gets padding, which layers of the model that are not bounded would count.
     """
     cache, rows = call.bounded
-    positions = positions_of(call, generation)
+    positions = positions_of(seam, call, generation)
     real, writes = _padding(call, generation)
-    if real is not None and not cache.bounds_all:
+    if real is not None and (seam.counts_columns or not cache.bounds_all):
         raise NotImplementedError(OUT_OF_STEP)
     before = cache.evictions
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
@@ -53,7 +53,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
     arguments = {
         **call.tokens,
         "attention_mask": valid if cache.bounds_all else mask_by_column(rows.prompt_mask, valid, call.seen, positions),
-        "position_ids": positions,
+        **({} if seam.counts_columns else {"position_ids": positions}),
         "use_cache": True,
         "return_dict": True,
         **call.rest,
@@ -229,15 +229,18 @@ def _compress(
     settings = encoders[0].settings[adapter]
     layers = dict(cache.thought_layers)
     block = cache.shared.block_of([layers[index].at_rest for index in indices])
-    rotations = {encoder.applied_rotation(adapter) for encoder in encoders}
-    rotation = next(iter(rotations))
+    rotations = {encoder.applied_rotations(adapter) for encoder in encoders}
+    rotation, of_values = next(iter(rotations))
     if (
         settings.impl != "triton"
         or block is None
         or settings.state_update != "progressive"
         or any(encoder.settings[adapter] != settings for encoder in encoders)
         or len(rotations) > 1
-        or (rotation is not None and rotation.style is None)
+        # What latent attention caches, the kernel does not read.
+        or of_values is not None
+        or any(encoder.key_width != encoder.value_width for encoder in encoders)
+        or (rotation is not None and rotation.start > 0)
     ):
         return False
     state = fixed.stacked(cache.state, indices)
@@ -262,7 +265,7 @@ def _compress(
         rows=None if leaving.rows is None else leaving.rows.to(there),
         gain=settings.gain,
         attention=settings.attention,
-        rotary_style=(rotation.style if rotation is not None else None) or "half",
+        rotary_style="half" if rotation is None else rotation.style,
         impl=settings.impl,
     )
     for place, index in enumerate(indices):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
-from ..host.sites import Site, check_config, default_targets, site_of
+from ..host.sites import Site, Sites, check_config, default_targets, settle_rotation, site_of
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam
@@ -34,7 +34,7 @@ class _Built:
 
     def check(self) -> None:
         """Raise where the model cannot do what the config says now."""
-        check_config(self.seam.model, self.seam.sites, self.config)
+        check_config(self.seam.model, self.seam.found, self.config)
         PTECache(self.seam.text_config, self.config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,7 +121,8 @@ class PTEModel(BaseTuner):
         # Before the first adapted layer stands in the way of the probes.
         seam = Seam.of(model) or install(model)
         try:
-            check_config(model, seam.sites, config)
+            check_config(model, seam.found, config)
+            settle_rotation(seam.found, config)
             PTECache(seam.text_config, config)
             watch(model, adapter_name, self.prefix)
             self._ranks: dict[int, int] = {}
@@ -136,7 +137,7 @@ class PTEModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict[str, Any]) -> PTEConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, Seam.require(self.model).sites)
+            peft_config.target_modules = default_targets(self.model, Seam.require(self.model).found, peft_config)
         return peft_config
 
     def _create_and_replace(
@@ -149,8 +150,8 @@ class PTEModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        sites = Seam.require(self.model).sites
-        if any(target is site.attention for site in sites.values()):
+        sites = Seam.require(self.model).found
+        if any(target is site.attention for site in sites.by_index.values()):
             return  # peft injects by the keys of a checkpoint, and encoders have keys too; they are added afterwards.
         site = self._check_target(sites, target, current_key)
         rank = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, current_key), peft_config.r)
@@ -165,7 +166,7 @@ class PTEModel(BaseTuner):
         new.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, new, target)
 
-    def _check_target(self, sites: dict[int, Site], target: nn.Module, name: str) -> Site:
+    def _check_target(self, sites: Sites, target: nn.Module, name: str) -> Site:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if base is self.model.get_output_embeddings():
             raise ValueError(
@@ -187,7 +188,7 @@ class PTEModel(BaseTuner):
         for index, rank in self._ranks.items():
             site = seam.sites[index]
             if not hasattr(site.attention, CHILD_NAME):
-                encoder = PTEEncoder(site.attention, site.width, site.rotation)
+                encoder = PTEEncoder(site.attention, (site.key_width, site.value_width), (site.key_rotation, site.value_rotation))
                 encoder._active_adapter = self.active_adapters
                 site.attention.add_module(CHILD_NAME, encoder)
             encoder = seam.encoder(index)

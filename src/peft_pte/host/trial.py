@@ -1,0 +1,207 @@
+"""What attention layers cache, and which linears read it: found by letting the model read a few tokens.
+
+A model of one row reads a few tokens and then one more. What each attention layer is called with for that token is kept, at two different
+positions, so that it can be tried alone (:mod:`peft_pte.host.rotations`) with whatever arguments it takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..method.layer import is_linear
+from .compat import CACHE_NAMES
+
+# Tokens before the one that is looked at, in two runs of a model that counts its positions itself.
+_BEFORE = (3, 10)
+# The positions of that token, in two runs of a model that is told; the last one it has, if that is less.
+_POSITIONS = (3, 1000)
+_TOKENS = 5
+
+
+@dataclass
+class Cached:
+    """What an attention layer hands to its cache for one token, at two positions."""
+
+    keys: tuple[Tensor, Tensor]
+    """``[1, G, 1, D_k / G]``, of the same hidden vector."""
+    values: tuple[Tensor, Tensor]
+    """``[1, G, 1, D_v / G]``."""
+    positions: tuple[int, int]
+
+
+@dataclass
+class Trial:
+    """What was seen."""
+
+    cached: dict[int, Cached]
+    """By layer of the cache."""
+    writers: dict[int, nn.Module]
+    """Who writes to it."""
+    readers: frozenset[str]
+    """Names of linears below the backbone that read what is cached, so more than the tokens of the call."""
+
+
+class _CapturedError(Exception):
+    """Ends a trial as soon as the layer hands its keys to the cache."""
+
+
+class _Caught:
+    """Stands where a cache stands, and keeps the first keys and values that it is given."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        raise _CapturedError
+
+
+def has_numbers(module: nn.Module) -> bool:
+    """Whether the weights of ``module`` are here (not on the meta device, not sharded away)."""
+    return all(parameter.device.type != "meta" and parameter.numel() > 0 for parameter in module.parameters())
+
+
+def counts_columns(backbone: PreTrainedModel) -> bool:
+    """Whether a model takes no positions, and numbers columns by what its cache has seen."""
+    return "position_ids" not in inspect.signature(type(backbone).forward).parameters
+
+
+def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]]) -> Trial:
+    """Let ``backbone``, whose ``attentions`` may write to layers of the cache, read a few tokens; its weights must be here.
+
+    Raises:
+        NotImplementedError: It does not run on a cache of transformers' own classes.
+    """
+    vocabulary = backbone.get_input_embeddings()
+    device = next(vocabulary.parameters()).device
+    told = not counts_columns(backbone)
+    last = int(getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None) or 512) - 1
+    seen: list[_Notes] = []
+    with _undisturbed(backbone):
+        for number, before in enumerate(_BEFORE):
+            before = _BEFORE[0] if told else before
+            position = min(_POSITIONS[number], last) if told else before
+            ids = torch.arange(2, before + 3, device=device)[None]
+            config: Any = backbone.config
+            cache = DynamicCache(config=config)
+            notes = _Notes(backbone, attentions)
+            arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+            try:
+                backbone(input_ids=ids[:, :-1], **arguments)
+                with notes.taken():
+                    where = {"position_ids": torch.tensor([[position]], device=device)} if told else {}
+                    backbone(input_ids=ids[:, -1:], **arguments, **where)
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+                raise NotImplementedError(
+                    f"{type(backbone).__name__} cannot be run on {type(cache).__name__}, whose layers PTE bounds "
+                    f"({type(error).__name__}: {error}). Use LoRA for this model."
+                ) from error
+            notes.position = position
+            seen.append(notes)
+        return _read(seen)
+
+
+class _Notes:
+    """What happens while one token is read."""
+
+    position = 0
+
+    def __init__(self, backbone: nn.Module, attentions: dict[int, list[nn.Module]]) -> None:
+        self.backbone, self.attentions = backbone, attentions
+        self.calls: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
+        self.readers: set[str] = set()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within the block, notes are taken."""
+        hooks = []
+        for index, modules in self.attentions.items():
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(self._note(index), with_kwargs=True))
+        for name, module in self.backbone.named_modules():
+            if is_linear(module):
+                hooks.append(module.register_forward_pre_hook(self._count(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, index: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # The first that runs: cross-attention of the same layer comes behind.
+            self.calls.setdefault(index, (module, args, kwargs))
+
+        return note
+
+    def _count(self, name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape[:-1].numel() > 1:
+                self.readers.add(name)
+
+        return count
+
+
+def _read(seen: list[_Notes]) -> Trial:
+    first, second = seen
+    cached: dict[int, Cached] = {}
+    writers: dict[int, nn.Module] = {}
+    for index, (module, args, kwargs) in first.calls.items():
+        _, there_args, there_kwargs = second.calls[index]
+        here = _written(module, _named(module, args, kwargs))
+        # The same hidden vector with all else as it was at the other position.
+        swapped = {**_named(module, there_args, there_kwargs), **_hidden(module, args, kwargs)}
+        there = _written(module, swapped)
+        if here is None or there is None:
+            continue
+        writers[index] = module
+        cached[index] = Cached((here.keys, there.keys), (here.values, there.values), (first.position, second.position))
+    return Trial(cached, writers, frozenset(first.readers & second.readers))
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The first argument, which is the hidden vectors whatever it is called."""
+    name = next(iter(inspect.signature(module.forward).parameters))
+    return {name: args[0] if args else kwargs[name]}
+
+
+def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
+    """What ``module`` hands to its cache; ``None``: nothing."""
+    caught = _Caught()
+    named = {name: caught if name in CACHE_NAMES or isinstance(value, Cache) else value for name, value in arguments.items()}
+    try:
+        module(**named)
+    except _CapturedError:
+        wide = torch.float64 if caught.keys.dtype == torch.float64 else torch.float32
+        caught.keys, caught.values = caught.keys.to(wide), caught.values.to(wide)
+        return caught
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return None
+    return None
+
+
+@contextmanager
+def _undisturbed(backbone: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode, and neither gradients nor random numbers are anybody's."""
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module in training:
+            module.training = True
