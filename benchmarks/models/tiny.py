@@ -61,7 +61,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "granitemoehybrid": {"shared_intermediate_size": 48},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 6},
@@ -72,7 +71,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "sliding_window": SLIDING,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 48},
+    "nemotron": {"num_key_value_heads": 2},
+    # Real ones have full attention: from version 0.2 on Mistral 7B has no sliding window, Ministral 8B mixes.
+    "mistral": {"sliding_window": None},
+    "ministral": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "adapter_rank": 4, "attention_hidden_size": 64, "num_query_groups": 4},
 }
 
 

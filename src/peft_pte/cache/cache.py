@@ -160,7 +160,9 @@ class PTECache(Cache):
         """Columns seen, evicted ones and padding included."""
         if layer_idx is None:
             layer_idx = next((index for index, _ in self.thought_layers), 0)
-        return super().get_seq_length(layer_idx)
+        seen = super().get_seq_length(layer_idx)
+        # A step that stands ready has been counted; the model that takes it asks for what came before.
+        return seen - 1 if self.fixed is not None and self.fixed.ready and not torch.compiler.is_compiling() else seen
 
     @property
     def thought_layers(self) -> list[tuple[int, ThoughtLayer]]:

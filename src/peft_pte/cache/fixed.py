@@ -19,11 +19,13 @@ class FixedAddresses:
         states: By layer, what its adapters read: ``[B, Q, R]`` in the dtype they compute in.
         ready: Whether the next call is a step that was prepared, with a mask over the slots: a caller's own 4D mask is not one.
         stale: Whether the states of the cache have moved on without those that are read here.
+        positions: ``[B, 1]``, where the tokens of the step stand, for hosts that do not hand them on.
     """
 
     def __init__(self) -> None:
         self.states: dict[int, Tensor] = {}
         self.ready, self.stale = False, True
+        self.positions: Tensor | None = None
         self._stacked: dict[tuple[int, ...], Tensor] = {}
         self._counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -43,6 +45,14 @@ class FixedAddresses:
     def all_counters(self) -> Iterator[tuple[torch.device, tuple[Tensor, Tensor]]]:
         """The same, on every device."""
         yield from self._counters.items()
+
+    def write_positions(self, positions: Tensor) -> None:
+        """Let the tokens of the step stand at ``positions [B, 1]``."""
+        if self.positions is None or self.positions.shape != positions.shape or self.positions.device != positions.device:
+            self.positions = positions.clone(memory_format=torch.contiguous_format)
+            torch._dynamo.mark_static_address(self.positions)
+        else:
+            self.positions.copy_(positions)
 
     def write_state(self, state: ThoughtState, index: int, value: Tensor, dtype: torch.dtype) -> None:
         """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read."""

@@ -21,8 +21,8 @@ POSITIONS_FROM_MASK = ("bloom", "mpt", "cpmant")
 # Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.23).
 LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 
-# Inputs of a decoder layer with a token axis, and which one it is (5.17 to 5.23).
-PER_TOKEN = {"hidden_states": 1, "position_ids": -1, "position_embeddings": -2, "cache_position": 0}
+# Inputs of a decoder layer with a token axis, and which one it is, counted from the last: where they cannot be tried out (5.17 to 5.23).
+PER_TOKEN = {"hidden_states": -2, "position_ids": -1, "position_embeddings": -2, "cache_position": -1}
 
 # What full attention is called where masks go by the kind of layer (5.17 to 5.23).
 FULL_ATTENTION = "full_attention"

@@ -18,12 +18,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..config import PTEConfig
 from ..method.layer import is_linear
 from ..method.rotary import Rotation
-from .compat import CACHE_NAMES, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, POSITIONS_FROM_MASK
+from .compat import CACHE_NAMES, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK
 from .rotations import find_rotation, guess_rotation
 from .trial import Trial, has_numbers, try_out
 
 # Classes of linear layers that choose experts instead of computing features.
 _ROUTERS = ("Router", "TopK", "Gate")
+# The same of what holds one.
+_ROUTERS_OWNERS = ("Router", "TopK")
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Site:
     """The same of values, which latent attention rotates."""
     unknown_rotation: str | None = None
     """Why the rotation of keys cannot be undone, if so."""
+    token_axes: dict[str, int] = field(default_factory=lambda: dict(PER_TOKEN))
+    """Inputs of the decoder layer that have a token axis, and which it is, counted from the last."""
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Sites:
     by_index: dict[int, Site]
     readers: frozenset[str] = field(default_factory=frozenset)
     """Names of linears that read what is cached: no token is their own, so no state is."""
+    idle: tuple[str, ...] = ()
+    """Names of attention layers that do not run where there is nothing but text: cross-attention."""
     rotary: bool = False
     """Whether positions are told by rotation, so that there is no last one."""
 
@@ -103,13 +109,18 @@ def find_sites(model: PreTrainedModel) -> Sites:
         layer_type = layer_types[number] if number < len(layer_types) else None
         # Linear attention, convolution: no keys and values, so nothing that could be evicted.
         sites[number] = Site(number, name, name, layer, layer_type, False)
-    trial = try_out(backbone, competing) if competing and has_numbers(backbone) else None
-    for site in sites.values():
+    layers = [model.get_submodule(site.block) for site in sites.values()]
+    trial = try_out(backbone, competing, layers) if competing and has_numbers(backbone) else None
+    for site, layer in zip(sites.values(), layers, strict=True):
         if site.evicts:
             _measure(model, backbone, site, trial)
+        if trial is not None and layer in trial.token_axes:
+            site.token_axes = trial.token_axes[layer]
+    working = {id(site.attention) for site in sites.values()}
+    idle = tuple(f"{name}." for index, name, module, _ in found if index in competing and id(module) not in working)
     readers = frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
     parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
-    return Sites(backbone, dict(sorted(sites.items())), readers, any(parts))
+    return Sites(backbone, dict(sorted(sites.items())), readers, idle, any(parts))
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module, str]]:
@@ -246,13 +257,13 @@ def default_targets(model: nn.Module, sites: Sites, config: PTEConfig) -> set[st
     The last part of a name stands for all of them where no other linear of the model has it.
     """
     wanted: set[str] = set()
-    others: set[str] = set()
     for name, module in _linears(model):
         site = site_of(sites, name)
         numbers = config.layers_to_transform
         chosen = numbers is None or site is None or site.index in ([numbers] if isinstance(numbers, int) else numbers)
-        (wanted if site is not None and _is_feature(model, name, module, sites) and chosen else others).add(name)
-    taken = {name.rpartition(".")[2] for name in others}
+        if site is not None and chosen and _is_feature(model, name, module, sites):
+            wanted.add(name)
+    taken = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in wanted}
     return {name if last in taken else last for name in wanted for last in (name.rpartition(".")[2],)}
 
 
@@ -286,10 +297,11 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_feature(model: nn.Module, name: str, module: nn.Module, sites: Sites) -> bool:
     """Whether a linear computes features of the tokens that it is called with, by being called."""
-    if any(word in type(module).__name__ for word in _ROUTERS) or name in sites.readers:
-        return False
     parent, _, last = name.rpartition(".")
     owner = type(model.get_submodule(parent))
+    routes = any(word in type(module).__name__ for word in _ROUTERS)
+    if routes or any(word in owner.__name__ for word in _ROUTERS_OWNERS) or name in sites.readers or name.startswith(sites.idle or (" ",)):
+        return False
     # Fused code reads its weight, and an adapter would be passed by.
     return not re.search(rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape))", _source(owner))
 

@@ -18,13 +18,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..method.layer import is_linear
-from .compat import CACHE_NAMES
 
 # Tokens before the one that is looked at, in two runs of a model that counts its positions itself.
 _BEFORE = (3, 10)
 # The positions of that token, in two runs of a model that is told; the last one it has, if that is less.
 _POSITIONS = (3, 1000)
-_TOKENS = 5
 
 
 @dataclass
@@ -48,6 +46,8 @@ class Trial:
     """Who writes to it."""
     readers: frozenset[str]
     """Names of linears below the backbone that read what is cached, so more than the tokens of the call."""
+    token_axes: dict[nn.Module, dict[str, int]]
+    """By decoder layer: its inputs that have a token axis, and which it is, counted from the last."""
 
 
 class _CapturedError(Exception):
@@ -59,6 +59,12 @@ class _Caught:
 
     keys: Tensor
     values: Tensor
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
@@ -75,8 +81,8 @@ def counts_columns(backbone: PreTrainedModel) -> bool:
     return "position_ids" not in inspect.signature(type(backbone).forward).parameters
 
 
-def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]]) -> Trial:
-    """Let ``backbone``, whose ``attentions`` may write to layers of the cache, read a few tokens; its weights must be here.
+def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]], layers: list[nn.Module]) -> Trial:
+    """Let ``backbone``, whose ``attentions`` in decoder ``layers`` may write to a cache, read a few tokens; its weights must be here.
 
     Raises:
         NotImplementedError: It does not run on a cache of transformers' own classes.
@@ -84,7 +90,7 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]]) -
     vocabulary = backbone.get_input_embeddings()
     device = next(vocabulary.parameters()).device
     told = not counts_columns(backbone)
-    last = int(getattr(backbone.config, "max_position_embeddings", None) or getattr(backbone.config, "n_positions", None) or 512) - 1
+    last = _last_position(backbone)
     seen: list[_Notes] = []
     with _undisturbed(backbone):
         for number, before in enumerate(_BEFORE):
@@ -93,10 +99,11 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]]) -
             ids = torch.arange(2, before + 3, device=device)[None]
             config: Any = backbone.config
             cache = DynamicCache(config=config)
-            notes = _Notes(backbone, attentions)
+            notes, prefill = _Notes(backbone, attentions, layers), _Notes(backbone, {}, layers)
             arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
             try:
-                backbone(input_ids=ids[:, :-1], **arguments)
+                with prefill.taken():
+                    backbone(input_ids=ids[:, :-1], **arguments)
                 with notes.taken():
                     where = {"position_ids": torch.tensor([[position]], device=device)} if told else {}
                     backbone(input_ids=ids[:, -1:], **arguments, **where)
@@ -107,7 +114,32 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]]) -
                 ) from error
             notes.position = position
             seen.append(notes)
-        return _read(seen)
+        trial = _read(seen)
+    for layer in layers:
+        if layer in notes.inputs and layer in prefill.inputs:
+            trial.token_axes[layer] = _token_axes(prefill.inputs[layer], notes.inputs[layer], before)
+    return trial
+
+
+def _last_position(backbone: Any) -> int:
+    """The last position that a model has, as far as its config tells."""
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    return next((int(value) for name in names if (value := getattr(backbone.config, name, None))), 512) - 1
+
+
+def _token_axes(several: dict[str, Any], one: dict[str, Any], tokens: int) -> dict[str, int]:
+    """The axis on which each input of several ``tokens`` differs from that of one."""
+    axes: dict[str, int] = {}
+    for name, value in several.items():
+        if name == "attention_mask":
+            continue
+        parts, single = (part if isinstance(part, (tuple, list)) else (part,) for part in (value, one.get(name)))
+        for left, right in zip(parts, single, strict=False):
+            if isinstance(left, Tensor) and isinstance(right, Tensor) and left.ndim == right.ndim:
+                differ = [axis for axis in range(left.ndim) if (left.shape[axis], right.shape[axis]) == (tokens, 1)]
+                if len(differ) == 1:
+                    axes[name] = differ[0] - left.ndim
+    return axes
 
 
 class _Notes:
@@ -115,15 +147,16 @@ class _Notes:
 
     position = 0
 
-    def __init__(self, backbone: nn.Module, attentions: dict[int, list[nn.Module]]) -> None:
-        self.backbone, self.attentions = backbone, attentions
+    def __init__(self, backbone: nn.Module, attentions: dict[int, list[nn.Module]], layers: list[nn.Module]) -> None:
+        self.backbone, self.attentions, self.layers = backbone, attentions, layers
+        self.inputs: dict[nn.Module, dict[str, Any]] = {}
         self.calls: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
         self.readers: set[str] = set()
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Within the block, notes are taken."""
-        hooks = []
+        hooks = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self.layers]
         for index, modules in self.attentions.items():
             for module in modules:
                 hooks.append(module.register_forward_pre_hook(self._note(index), with_kwargs=True))
@@ -135,6 +168,9 @@ class _Notes:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs.setdefault(module, _named(module, args, kwargs))
 
     def _note(self, index: int) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,7 +201,7 @@ def _read(seen: list[_Notes]) -> Trial:
             continue
         writers[index] = module
         cached[index] = Cached((here.keys, there.keys), (here.values, there.values), (first.position, second.position))
-    return Trial(cached, writers, frozenset(first.readers & second.readers))
+    return Trial(cached, writers, frozenset(first.readers & second.readers), {})
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -181,8 +217,8 @@ def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
     """What ``module`` hands to its cache; ``None``: nothing."""
-    caught = _Caught()
-    named = {name: caught if name in CACHE_NAMES or isinstance(value, Cache) else value for name, value in arguments.items()}
+    caught = _Caught(next((value for value in arguments.values() if isinstance(value, Cache)), None))
+    named = {name: caught if isinstance(value, Cache) else value for name, value in arguments.items()}
     try:
         module(**named)
     except _CapturedError:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..cache.cache import PTECache
 from ..cache.store import Ending, Step, ThoughtLayer
-from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, PER_TOKEN
+from ..host.compat import CACHE_NAMES, HOOKED_FORWARD
 from ..method.encoder import PTEEncoder
 from ..method.state import Departing, LayerState, Reading, ThoughtState, bind
 from .plan import Chunk
@@ -112,8 +112,8 @@ def running(backbone: Callable[..., Any], cache: PTECache, this: Pass, arguments
     return output
 
 
-def wrap(layer: nn.Module, index: int) -> None:
-    """Let ``layer`` run in chunks wherever a pass runs; :func:`unwrap` takes it back.
+def wrap(layer: nn.Module, index: int, axes: dict[str, int]) -> None:
+    """Let ``layer`` run in chunks wherever a pass runs, cut on the ``axes`` of its inputs; :func:`unwrap` takes it back.
 
     A partial over the module and not a method: methods are copied and pickled by their name. Where accelerate has hooked the
     layer, the wrapper stands inside of its hook, which keeps it when hooks are added or removed.
@@ -121,7 +121,7 @@ def wrap(layer: nn.Module, index: int) -> None:
     names = tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
     hooked = HOOKED_FORWARD in layer.__dict__
     inner = None if hooked else layer.__dict__.get("forward")
-    wrapped = functools.partial(_forward, layer, index, names, inner)
+    wrapped = functools.partial(_forward, layer, index, names, inner, axes)
     functools.update_wrapper(wrapped, type(layer).forward, assigned=("__doc__",), updated=())
     setattr(layer, HOOKED_FORWARD if hooked else "forward", wrapped)
 
@@ -138,7 +138,15 @@ def unwrap(layer: nn.Module) -> None:
                 setattr(layer, name, inner or type(layer).forward.__get__(layer))
 
 
-def _forward(layer: nn.Module, index: int, names: tuple[str, ...], hooked: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    layer: nn.Module,
+    index: int,
+    names: tuple[str, ...],
+    hooked: Any,
+    axes: dict[str, int],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     given = next((part for part in (*args, *kwargs.values()) if isinstance(part, PTECache)), None)
     if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
@@ -147,7 +155,7 @@ def _forward(layer: nn.Module, index: int, names: tuple[str, ...], hooked: Any, 
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:
         return (hooked or functools.partial(type(layer).forward, layer))(*args, **kwargs)
-    return _in_chunks(cache, layer, index, hooked, {**dict(zip(names, args, strict=False)), **kwargs})
+    return _in_chunks(cache, layer, index, hooked, axes, {**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _host(layer: nn.Module, hooked: Any, arguments: dict[str, Any]) -> Any:
@@ -158,7 +166,9 @@ def _host(layer: nn.Module, hooked: Any, arguments: dict[str, Any]) -> Any:
 
 
 @torch.compiler.disable(recursive=False)
-def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, arguments: dict[str, Any]) -> Any:
+def _in_chunks(
+    cache: PTECache, layer: nn.Module, index: int, hooked: Any, axes: dict[str, int], arguments: dict[str, Any]
+) -> Any:
     this: Pass = cache.running
     arguments = {name: None if name in CACHE_NAMES else value for name, value in arguments.items()}
     held = cache
@@ -175,7 +185,7 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
     outputs: list[Any] = []
     for number in range(len(this.work) if run is _chunk else 1):
         call = functools.partial(run, this, number, layer, index, hooked)
-        inputs = _cut(arguments, this, number) if run is _chunk else arguments
+        inputs = _cut(arguments, axes, this, number) if run is _chunk else arguments
         output, held = recomputed(call, held, inputs) if this.recompute else call(held, inputs)
         outputs.append(output)
     if this.keep and run is _chunk:
@@ -183,7 +193,7 @@ def _in_chunks(cache: PTECache, layer: nn.Module, index: int, hooked: Any, argum
     if this.functional and index not in this.finished:
         cache.take_layer(index, held)
         this.finished.add(index)
-    return _join(outputs)
+    return _join(outputs, axes[next(iter(arguments))])
 
 
 def _chunk(
@@ -289,7 +299,7 @@ class _Slots:
         return self.cache.get_seq_length(self.index)
 
 
-def _cut(arguments: dict[str, Any], this: Pass, number: int) -> dict[str, Any]:
+def _cut(arguments: dict[str, Any], axes: dict[str, int], this: Pass, number: int) -> dict[str, Any]:
     """What of the arguments of a layer belongs to a chunk.
 
     Raises:
@@ -302,8 +312,8 @@ def _cut(arguments: dict[str, Any], this: Pass, number: int) -> dict[str, Any]:
     part = slice(start, start + chunk.length)
     cut: dict[str, Any] = {}
     for name, value in arguments.items():
-        if name in PER_TOKEN:
-            axis = PER_TOKEN[name]
+        if name in axes:
+            axis = axes[name]
             cut[name] = (
                 tuple(_narrow(entry, axis, part) for entry in value)
                 if isinstance(value, (tuple, list))
@@ -327,11 +337,11 @@ def _narrow(value: Any, axis: int, part: slice) -> Any:
     return value.narrow(axis, part.start, part.stop - part.start)
 
 
-def _join(outputs: list[Any]) -> Any:
-    """One output of the layer from those of its chunks; what it returns beside hidden vectors is that of the first."""
+def _join(outputs: list[Any], axis: int) -> Any:
+    """One output of the layer from those of its chunks, tokens on ``axis``; what it returns beside hidden vectors is that of the first."""
     first = outputs[0]
     if len(outputs) == 1:
         return first
     if isinstance(first, Tensor):
-        return torch.cat(outputs, dim=1)
-    return (torch.cat([output[0] for output in outputs], dim=1), *first[1:])
+        return torch.cat(outputs, dim=axis)
+    return (torch.cat([output[0] for output in outputs], dim=axis), *first[1:])

@@ -264,7 +264,7 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
     arguments = {
         **{name: rows[:, part] for name, rows in run.tokens.items()},
         # Where all layers are bounded nothing counts columns, and no token is to cost more than the one before it.
-        "attention_mask": valid
+        "attention_mask": (None if valid is None else valid.long())
         if cache.bounds_all
         else mask_by_column(
             run.past, None if run.mask is None else run.mask[:, : plan.stop], run.seen, run.positions[:, : plan.stop]

@@ -49,7 +49,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         raise NotImplementedError(OUT_OF_STEP)
     before = cache.evictions
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
-    valid = None if call.mask is None else call.mask[:, -1:]
+    valid = None if call.mask is None else call.mask[:, -1:].long()
     arguments = {
         **call.tokens,
         "attention_mask": valid if cache.bounds_all else mask_by_column(rows.prompt_mask, valid, call.seen, positions),
@@ -62,6 +62,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
     if cache.fixed is not None:
         _make_ready(seam, adapter, cache, rows, cache.fixed, token)
         cache.fixed.ready = True
+        cache.count(rows, 1)
         try:
             mask = _masks(seam, cache, token, arguments["attention_mask"], positions)
             output = step(seam, **{**arguments, "attention_mask": mask}, past_key_values=cache)
@@ -82,10 +83,10 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
             again=torch.is_grad_enabled(),
         )
         output = running(seam.inner, cache, this, arguments)
+        cache.count(rows, 1)
     cache.interrupted = False
     if generation is not None and generation.started:
         generation.note_ends(rows, call.tokens.get("input_ids"))
-    cache.count(rows, 1)
     seam.observe(cache, None, evicted=cache.evictions > before)
     return output
 
@@ -136,12 +137,15 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
         return attention_mask
     adapter = seam.require_adapter()
     check_cache(cache, seam.config(adapter), adapter)
-    if positions is None:
+    if seam.counts_columns:
+        positions = torch.full((like.shape[0], 1), rows.columns, device=like.device)
+    elif positions is None:
         positions = rows.lengths[:, None]
     elif generation is not None and generation.shift is not None:
         positions = (positions - generation.shift[:, None]).clamp(min=0)
     before = cache.evictions
     positions = positions.expand(like.shape[0], 1)
+    fixed.write_positions(positions)
     token = _count(seam, cache, rows, positions[:, 0], None, None)
     _make_ready(seam, adapter, cache, rows, fixed, token)
     mask = _masks(seam, cache, token, attention_mask, positions)
@@ -169,6 +173,9 @@ def _masks(seam: Seam, cache: PTECache, token: Token, attention_mask: Tensor | N
 
 def step(seam: Seam, *args: Any, **kwargs: Any) -> Any:
     """The backbone's forward after :func:`prepare`; traced as it stands."""
+    if kwargs.get("position_ids") is None and not seam.counts_columns:
+        # Some hosts that wrap a text model keep positions to themselves.
+        kwargs["position_ids"] = kwargs["past_key_values"].fixed.positions
     return seam.inner(*args, **kwargs)
 
 
