@@ -74,6 +74,11 @@ class Seam:
         return self.found.by_index
 
     @property
+    def borrows(self) -> bool:
+        """Whether a layer reads the bounded keys and values of another."""
+        return any(site.borrows for site in self.sites.values())
+
+    @property
     def rotary(self) -> bool:
         """Whether positions are told by rotation, so that there is no last one."""
         return self.found.rotary

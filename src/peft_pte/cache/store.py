@@ -174,6 +174,8 @@ class ThoughtLayer(CacheLayerMixin):
         self._new_positions: Tensor | None = None
         self.write: Tensor | None = None
         self.slots = 0
+        # What a call writes, in the order of its columns, where other layers are to read it.
+        self.written: list[KeyValue] | None = None
         # Whether what stands in slots is to stay what it is, for a backward pass.
         self.frozen = False
         self.seen = 0
@@ -255,6 +257,15 @@ class ThoughtLayer(CacheLayerMixin):
     def columns(self) -> int:
         """Columns of thoughts."""
         return sum(part.length for part in self.recent)
+
+    def show(self) -> None:
+        """Keep what the call writes, behind the columns that are there now, until :meth:`shown`."""
+        self.written = [*self.prompt, *self.recent]
+
+    def shown(self) -> KeyValue:
+        """Keys and values of all columns since :meth:`show`, whatever has left since."""
+        written, self.written = self.written, None
+        return _joined(tuple(written or ()))
 
     def drop(self, columns: int) -> None:
         """Forget the first ``columns`` columns of thoughts."""
@@ -404,6 +415,8 @@ class ThoughtLayer(CacheLayerMixin):
 
     def _append(self, new: KeyValue) -> KeyValue:
         seen, count = _joined((*self.prompt, *self.recent, new)), self.new_prompt
+        if self.written is not None:
+            self.written.append(new)
         new = new.map(_without_neighbours)
         if count:
             self.prompt = (*self.prompt, new if count == new.length else new.narrow(0, count))

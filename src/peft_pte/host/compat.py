@@ -24,6 +24,15 @@ LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 # Inputs of a decoder layer with a token axis, and which one it is, counted from the last: where they cannot be tried out (5.17 to 5.23).
 PER_TOKEN = {"hidden_states": -2, "position_ids": -1, "position_embeddings": -2, "cache_position": -1}
 
+# Inputs of a backbone with a column for each token (5.17 to 5.23).
+COLUMNS = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
+
+# Inputs of a backbone that let it leave columns out; what is not needed is left out of its output anyway (5.23).
+COLUMNS_TO_KEEP = "logits_to_keep"
+
+# What decoder layers that share keys and values hand them on in, by the kind of layer (5.23).
+SHARED_STATES = "shared_kv_states"
+
 # What full attention is called where masks go by the kind of layer (5.17 to 5.23).
 FULL_ATTENTION = "full_attention"
 
@@ -36,6 +45,12 @@ MASKS_METHOD = "create_masks_for_generate"
 
 # What an adapter's weights are loaded with by transformers itself (5.23); :mod:`peft_pte.tuner.checkpoints` watches it on the instance.
 LOADER_METHOD = "_load_pretrained_model"
+
+
+def sharing_of(config: Any, index: int) -> str | None:
+    """Whether a layer's keys and values are read by later layers, ``"store"``, or it reads those of one, ``"reuse"`` (5.23)."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    return None if modes is None else modes[index]
 
 
 def attention_of(config: Any) -> str:

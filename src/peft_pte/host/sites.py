@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..config import PTEConfig
 from ..method.layer import is_linear
 from ..method.rotary import Rotation
-from .compat import CACHE_NAMES, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK
+from .compat import CACHE_NAMES, FULL_ATTENTION, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK, sharing_of
 from .rotations import find_rotation, guess_rotation
 from .trial import Trial, has_numbers, try_out
 
@@ -51,8 +51,16 @@ class Site:
     """The same of values, which latent attention rotates."""
     unknown_rotation: str | None = None
     """Why the rotation of keys cannot be undone, if so."""
+    sharing: str | None = None
+    """``"store"``: later layers read its keys and values. ``"reuse"``: it reads those of an earlier one."""
     token_axes: dict[str, int] = field(default_factory=lambda: dict(PER_TOKEN))
     """Inputs of the decoder layer that have a token axis, and which it is, counted from the last."""
+
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it reads the bounded keys and values of another layer."""
+        return self.sharing == "reuse" and self.layer_type == FULL_ATTENTION
 
 
 @dataclass
@@ -105,6 +113,8 @@ def find_sites(model: PreTrainedModel) -> Sites:
         if evicts:
             competing.setdefault(index, []).append(module)
     _refuse_shared_layers(model, sites)
+    for site in sites.values():
+        site.sharing = sharing_of(config, site.index)
     for number, name, layer in _other_layers(model, next(iter(sites.values())).block, sites):
         layer_type = layer_types[number] if number < len(layer_types) else None
         # Linear attention, convolution: no keys and values, so nothing that could be evicted.
@@ -227,6 +237,11 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
             'eviction="sliding_window" for RL, or a base in float32.',
             UserWarning,
             stacklevel=6,
+        )
+    if config.eviction != "sliding_window" and any(site.borrows for site in sites.by_index.values()):
+        raise NotImplementedError(
+            f"`eviction` must be \"sliding_window\" for {type(model).__name__}, got {config.eviction!r}: some of its layers read the keys and "
+            "values of others, and would have to know what each head of those has given up."
         )
     for name in _rope_types(text_config):
         if name in LENGTH_DEPENDENT_ROTATIONS:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..cache.cache import PTECache
 from ..cache.store import Ending, Step, ThoughtLayer
-from ..host.compat import CACHE_NAMES, HOOKED_FORWARD
+from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, SHARED_STATES
+from ..host.sites import Site
 from ..method.encoder import PTEEncoder
 from ..method.state import Departing, LayerState, Reading, ThoughtState, bind
 from .plan import Chunk
@@ -69,8 +70,10 @@ class Pass:
     """Whether the call ends here and is to be kept."""
     step: Step | None = None
     """What happens to slots, where one token per row comes."""
+    bounds: bool = True
+    """Whether there is a window."""
     mask: Any = None
-    """Over the slots that it sees."""
+    """Over the slots that it sees; where several tokens come, over all columns of the pass, for layers that read another's."""
     departing: Tensor | None = None
     """``[B', 1, m]``, positions of what leaves at a step, where heads do not choose."""
     starts: dict[int, PTECache] = field(default_factory=dict)
@@ -112,8 +115,35 @@ def running(backbone: Callable[..., Any], cache: PTECache, this: Pass, arguments
     return output
 
 
-def wrap(layer: nn.Module, index: int, axes: dict[str, int]) -> None:
-    """Let ``layer`` run in chunks wherever a pass runs, cut on the ``axes`` of its inputs; :func:`unwrap` takes it back.
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer that is wrapped."""
+
+    module: nn.Module
+    site: Site
+    names: tuple[str, ...]
+    """Of its inputs."""
+    hooked: Any
+    """The forward that stood on the instance before; ``None``: that of its class."""
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Its inputs by name."""
+        return kwargs if not args else {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def host(self, arguments: dict[str, Any]) -> Any:
+        """Its own forward, without the checkpoint that its class puts around it."""
+        if self.hooked is not None:
+            return self.hooked(**arguments)
+        return inspect.unwrap(type(self.module).forward)(self.module, **arguments)
+
+    @property
+    def axis(self) -> int:
+        """The token axis of its hidden vectors, counted from the last."""
+        return self.site.token_axes[self.names[0]]
+
+
+def wrap(layer: nn.Module, site: Site) -> None:
+    """Let ``layer`` run in chunks wherever a pass runs; :func:`unwrap` takes it back.
 
     A partial over the module and not a method: methods are copied and pickled by their name. Where accelerate has hooked the
     layer, the wrapper stands inside of its hook, which keeps it when hooks are added or removed.
@@ -121,7 +151,7 @@ def wrap(layer: nn.Module, index: int, axes: dict[str, int]) -> None:
     names = tuple(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)[1:]
     hooked = HOOKED_FORWARD in layer.__dict__
     inner = None if hooked else layer.__dict__.get("forward")
-    wrapped = functools.partial(_forward, layer, index, names, inner, axes)
+    wrapped = functools.partial(_forward, _Layer(layer, site, names, inner))
     functools.update_wrapper(wrapped, type(layer).forward, assigned=("__doc__",), updated=())
     setattr(layer, HOOKED_FORWARD if hooked else "forward", wrapped)
 
@@ -131,45 +161,29 @@ def unwrap(layer: nn.Module) -> None:
     for name in ("forward", HOOKED_FORWARD):
         wrapped = layer.__dict__.get(name)
         if isinstance(wrapped, functools.partial) and wrapped.func is _forward:
-            inner = wrapped.args[3]
+            inner = wrapped.args[0].hooked
             if name == "forward" and inner is None:
                 del layer.forward
             else:
                 setattr(layer, name, inner or type(layer).forward.__get__(layer))
 
 
-def _forward(
-    layer: nn.Module,
-    index: int,
-    names: tuple[str, ...],
-    hooked: Any,
-    axes: dict[str, int],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _forward(layer: _Layer, *args: Any, **kwargs: Any) -> Any:
     given = next((part for part in (*args, *kwargs.values()) if isinstance(part, PTECache)), None)
     if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
-        with bind(given.reading(index)):
-            return _host(layer, hooked, kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs})
+        with bind(given.reading(layer.site.index)):
+            return layer.host(layer.named(args, kwargs))
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:
-        return (hooked or functools.partial(type(layer).forward, layer))(*args, **kwargs)
-    return _in_chunks(cache, layer, index, hooked, axes, {**dict(zip(names, args, strict=False)), **kwargs})
-
-
-def _host(layer: nn.Module, hooked: Any, arguments: dict[str, Any]) -> Any:
-    """The layer's own forward, without the checkpoint that its class puts around it."""
-    if hooked is not None:
-        return hooked(**arguments)
-    return inspect.unwrap(type(layer).forward)(layer, **arguments)
+        return (layer.hooked or functools.partial(type(layer.module).forward, layer.module))(*args, **kwargs)
+    return _in_chunks(cache, layer, layer.named(args, kwargs))
 
 
 @torch.compiler.disable(recursive=False)
-def _in_chunks(
-    cache: PTECache, layer: nn.Module, index: int, hooked: Any, axes: dict[str, int], arguments: dict[str, Any]
-) -> Any:
+def _in_chunks(cache: PTECache, layer: _Layer, arguments: dict[str, Any]) -> Any:
     this: Pass = cache.running
+    index, shared = layer.site.index, arguments.get(SHARED_STATES)
     arguments = {name: None if name in CACHE_NAMES else value for name, value in arguments.items()}
     held = cache
     if this.functional:
@@ -182,23 +196,31 @@ def _in_chunks(
     if isinstance(content, ThoughtLayer):
         content.frozen = this.functional
     run = _whole if not bounded else _chunk if this.step is None else _token
+    shows = run is _chunk and layer.site.sharing == "store"
+    if shows:
+        content.show()
     outputs: list[Any] = []
     for number in range(len(this.work) if run is _chunk else 1):
-        call = functools.partial(run, this, number, layer, index, hooked)
-        inputs = _cut(arguments, axes, this, number) if run is _chunk else arguments
-        output, held = recomputed(call, held, inputs) if this.recompute else call(held, inputs)
+        call = functools.partial(run, this, number, layer)
+        inputs = _cut(arguments, layer.site.token_axes, this, number) if run is _chunk else arguments
+        # What other layers are to read has to outlive a checkpoint.
+        recompute = this.recompute and not shows
+        output, held = recomputed(call, held, inputs) if recompute else call(held, inputs)
         outputs.append(output)
+    if shows and shared is not None:
+        shared[layer.site.layer_type] = cast(ThoughtLayer, held.layers[index]).shown()
     if this.keep and run is _chunk:
         cast(ThoughtLayer, held.layers[index]).rest(this.prompt)
     if this.functional and index not in this.finished:
         cache.take_layer(index, held)
         this.finished.add(index)
-    return _join(outputs, axes[next(iter(arguments))])
+    return _join(outputs, layer)
 
 
 def _chunk(
-    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
 ) -> tuple[Any, PTECache]:
+    index = layer.site.index
     work, encoder = this.work[number], this.encoders.get(index)
     chunk, content = work.chunk, cast(ThoughtLayer, held.layers[index])
     state = states = _state(this, index, held)
@@ -220,7 +242,7 @@ def _chunk(
     # Attend, and write.
     content.expect(chunk.prompt, work.positions)
     reading = None if states is None else Reading(states, this.rows, chunk.length, this.adapter)
-    output = _attend(layer, index, hooked, held, reading, {**arguments, "attention_mask": work.mask})
+    output = _attend(layer, held, reading, {**arguments, "attention_mask": work.mask})
     if work.realigned is not None:
         content.realign(work.realigned)
     if work.ending is not None:
@@ -230,8 +252,9 @@ def _chunk(
 
 
 def _token(
-    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
 ) -> tuple[Any, PTECache]:
+    index = layer.site.index
     step, encoder = cast(Step, this.step), this.encoders.get(index)
     content, state = cast(ThoughtLayer, held.layers[index]), _state(this, index, held)
     # Evict, and encode the rows that are due.
@@ -246,7 +269,7 @@ def _token(
     # Attend, and write.
     content.ready(step, step.place.to(content.at_rest.keys.device))
     reading = None if state is None else Reading(state, this.rows, 1, this.adapter)
-    return _attend(layer, index, hooked, held, reading, {**arguments, "attention_mask": this.mask}), held
+    return _attend(layer, held, reading, {**arguments, "attention_mask": this.mask}), held
 
 
 def _state(this: Pass, index: int, held: PTECache) -> Tensor | None:
@@ -257,22 +280,22 @@ def _state(this: Pass, index: int, held: PTECache) -> Tensor | None:
     return None if encoder is None else state
 
 
-def _attend(
-    layer: nn.Module, index: int, hooked: Any, held: PTECache, reading: Reading | None, arguments: dict[str, Any]
-) -> Any:
+def _attend(layer: _Layer, held: PTECache, reading: Reading | None, arguments: dict[str, Any]) -> Any:
     """The host's layer on its tokens and on what its cache layer holds, which takes what it writes."""
     for name in CACHE_NAMES:
         if name in arguments:
-            arguments[name] = _Slots(held, index)
+            arguments[name] = _Slots(held, layer.site.index)
     with bind(reading):
-        return _host(layer, hooked, arguments)
+        return layer.host(arguments)
 
 
 def _whole(
-    this: Pass, number: int, layer: nn.Module, index: int, hooked: Any, held: PTECache, arguments: dict[str, Any]
+    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
 ) -> tuple[Any, PTECache]:
     """A layer that evicts nothing: all tokens at once, on what it keeps itself, as its host calls it."""
-    encoder = this.encoders.get(index)
+    encoder = this.encoders.get(layer.site.index)
+    if layer.site.borrows and this.bounds:
+        arguments = {**arguments, "attention_mask": this.mask}
     reading = None
     if encoder is not None:
         state = encoder.initial_state(this.adapter).expand(this.rows, -1, -1)
@@ -281,7 +304,7 @@ def _whole(
         if name in arguments:
             arguments = {**arguments, name: held}
     with bind(reading):
-        return _host(layer, hooked, arguments), held
+        return layer.host(arguments), held
 
 
 class _Slots:
@@ -337,11 +360,12 @@ def _narrow(value: Any, axis: int, part: slice) -> Any:
     return value.narrow(axis, part.start, part.stop - part.start)
 
 
-def _join(outputs: list[Any], axis: int) -> Any:
-    """One output of the layer from those of its chunks, tokens on ``axis``; what it returns beside hidden vectors is that of the first."""
+def _join(outputs: list[Any], layer: _Layer) -> Any:
+    """One output of the layer from those of its chunks; what it returns beside hidden vectors is that of the first."""
     first = outputs[0]
     if len(outputs) == 1:
         return first
+    axis = layer.axis
     if isinstance(first, Tensor):
         return torch.cat(outputs, dim=axis)
     return (torch.cat([output[0] for output in outputs], dim=axis), *first[1:])

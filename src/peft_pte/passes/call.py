@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..cache.cache import PTECache
 from ..cache.rows import Rows
+from ..host.compat import COLUMNS, COLUMNS_TO_KEEP
 from ..seam import Generation, Seam
 from .boundary import Columns
 
-# Inputs with one entry per token.
-_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids")
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
@@ -76,12 +75,13 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     """
     rest = dict(arguments)
     rest.pop("cache_position", None)
+    rest.pop(COLUMNS_TO_KEEP, None)
     if any(rest.get(name) is not None for name in _PACKING):
         raise NotImplementedError(
             "Packed sequences cannot be scored under a bounded cache: each row needs its own window and state. Use one "
             "sequence per row (packing=False, padding_free=False)."
         )
-    tokens = {name: rest.pop(name) for name in _PER_TOKEN if rest.get(name) is not None}
+    tokens = {name: rest.pop(name) for name in COLUMNS if rest.get(name) is not None}
     if ("input_ids" in tokens) == ("inputs_embeds" in tokens):
         raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
     batch, columns = next(iter(tokens.values())).shape[:2]

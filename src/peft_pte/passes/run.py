@@ -260,6 +260,8 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
         work=() if run.turn is None or run.rows is None else _work(run, run.turn, run.rows, plan, cache, positions),
         recompute=run.recompute,
         keep=plan.stop == run.keep,
+        bounds=run.turn is not None,
+        mask=_mask_of_all(run, run.turn, run.rows, plan) if seam.borrows and run.turn is not None and run.rows is not None else None,
     )
     arguments = {
         **{name: rows[:, part] for name, rows in run.tokens.items()},
@@ -314,6 +316,15 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
         work.append(Work(chunk, mask, departing, thoughts, realigned, ending))
     cache.column_positions = held
     return tuple(work)
+
+
+def _mask_of_all(run: _Run, turn: Turn, rows: Rows, plan: Plan) -> Any:
+    """Over all columns of a pass and those before it, for layers that read the keys and values of a bounded one."""
+    first, chunks = plan.chunks[0], plan.chunks
+    whole = first._replace(
+        prompt=sum(chunk.prompt for chunk in chunks), thoughts=sum(chunk.thoughts for chunk in chunks), drop=0
+    )
+    return run.masks.by_row(whole, rows.prompt_mask, turn.written(first), turn.late(first))
 
 
 def _note_prompt_ends(cache: PTECache, ends: PromptEnds, seen: int, columns: int) -> None:

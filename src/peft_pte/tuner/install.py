@@ -53,7 +53,7 @@ def install(model: PreTrainedModel) -> Seam:
     ]
     setattr(host, _HOOKS, hooks)
     for index, layer in seam.blocks:
-        wrap(layer, index, seam.sites[index].token_axes)
+        wrap(layer, seam.sites[index])
     return seam
 
 
