@@ -67,7 +67,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "roc_bert": {"pronunciation_embed_dim": 8, "pronunciation_vocab_size": 61, "shape_embed_dim": 8, "shape_vocab_size": 61},
     "qwen4_exp_text": {"hc_lowrank": 8, "ple_embed_dim": 32, "ngram_vocab_size_base": 500, "split_ngram_parts": 2, "heads_per_ngram": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "laurel_rank": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -140,6 +140,10 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     model = AutoModelForCausalLM.from_config(config).eval()
     if kind == "xmod":
         model.set_default_language("en_XX")
+    for part in model.modules():
+        # A vector of zeros has no gradient of its length.
+        if isinstance(part, torch.nn.Embedding) and part.padding_idx is not None:
+            torch.nn.init.normal_(part.weight.data[part.padding_idx])
     # No end: every rollout has as many tokens as were asked for.
     model.generation_config.eos_token_id = None
     return model.to(dtype)

@@ -131,6 +131,9 @@ def try_type(kind: str, **fields: Any) -> Outcome:
         except Wrong as error:
             outcome.verdict, outcome.reason = "wrong", _line(error)
         except Exception as error:
+            if outcome.lora != "works":
+                outcome.verdict, outcome.reason = "not tried", outcome.lora
+                return outcome
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
             outcome.verdict, outcome.reason = "crash", f"{type(error).__name__} at {place}: {_line(error)}"

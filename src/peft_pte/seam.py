@@ -59,6 +59,7 @@ class Seam:
         self.found = find_sites(model)
         self.backbone: Any = self.found.backbone
         self.counts_columns = counts_columns(self.backbone)
+        self.wrappers = _wrappers(model, self.backbone)
         self.checkpointable: list[Any] = [
             module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
         ]
@@ -239,6 +240,16 @@ class Seam:
         self.statistics.observe(cache, layout, evicted, decoding=self.generation(cache) is not None)
 
 
+def _wrappers(model: PreTrainedModel, backbone: nn.Module) -> list[nn.Module]:
+    """Models around the backbone, where there are others between it and ``model``: they may embed its tokens and make its masks."""
+    around = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and part is not backbone and any(child is backbone for child in part.modules())
+    ]
+    return around if len(around) > 1 else []
+
+
 @dataclass
 class Generation:
     """A ``generate`` that runs."""
@@ -269,11 +280,21 @@ class Generation:
         rows.note_ends(functools.reduce(torch.logical_and, going_on), self.padding_token)
 
 
+@dataclass(frozen=True)
+class Outer:
+    """What a model around the backbone was called with, which it may not hand on as it got it."""
+
+    ids: Tensor | None
+    mask: Any
+    positions: Tensor | None
+
+
 class Calls(threading.local):
     """What the calls of the causal LM that run on this thread said about their prompts."""
 
     def __init__(self) -> None:
         self.stack: list[PromptSpec] = []
+        self.outer: list[Outer] = []
         self.generations: list[Generation] = []
 
     def take(self) -> PromptSpec:

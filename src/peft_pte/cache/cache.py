@@ -205,6 +205,11 @@ class PTECache(Cache):
         for _, layer in self.thought_layers:
             layer.seen = columns
 
+    def show_columns(self, new: int) -> None:
+        """Let masks that a model around the backbone makes for ``new`` columns be over all that were seen: it may look for images in them."""
+        for _, layer in self.thought_layers:
+            layer.mask_columns = layer.seen + new
+
     def unroll(self) -> int:
         """Let what stands in slots be columns; returns how many of them are thoughts."""
         if self.rows is None:

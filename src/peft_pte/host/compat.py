@@ -18,6 +18,9 @@ LAYER_NUMBERS = ("layer_idx", "layer_id")
 # Models whose positions come from the attention mask, without a field of the config that says so (5.17 to 5.23).
 POSITIONS_FROM_MASK = ("bloom", "mpt", "cpmant")
 
+# Models whose own masks let blocks of tokens see each other, and read the cache for it (5.23).
+BLOCKS_IN_MASKS = ("git",)
+
 # Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.23).
 LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 
@@ -27,8 +30,8 @@ PER_TOKEN = {"hidden_states": -2, "position_ids": -1, "position_embeddings": -2,
 # Inputs of a backbone with a column for each token (5.17 to 5.23).
 COLUMNS = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 
-# Inputs of a backbone that let it leave columns out; what is not needed is left out of its output anyway (5.23).
-COLUMNS_TO_KEEP = "logits_to_keep"
+# What some hosts hand on to a backbone that needs none of it: its output is cut and compared outside (5.17 to 5.23).
+UNUSED = ("logits_to_keep", "labels", "shift_labels")
 
 # What decoder layers that share keys and values hand them on in, by the kind of layer (5.23).
 SHARED_STATES = "shared_kv_states"

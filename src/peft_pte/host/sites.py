@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..config import PTEConfig
 from ..method.layer import is_linear
 from ..method.rotary import Rotation
-from .compat import CACHE_NAMES, FULL_ATTENTION, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK, sharing_of
+from .compat import BLOCKS_IN_MASKS, CACHE_NAMES, FULL_ATTENTION, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK, sharing_of
 from .rotations import find_rotation, guess_rotation
 from .trial import Trial, has_numbers, try_out
 
@@ -74,6 +74,8 @@ class Sites:
     """Names of linears that read what is cached: no token is their own, so no state is."""
     idle: tuple[str, ...] = ()
     """Names of attention layers that do not run where there is nothing but text: cross-attention."""
+    wants_masks: bool = False
+    """Whether layers get a mask even where they see all that is not later."""
     rotary: bool = False
     """Whether positions are told by rotation, so that there is no last one."""
 
@@ -87,7 +89,13 @@ def find_sites(model: PreTrainedModel) -> Sites:
     config = model.config.get_text_config(decoder=True)
     _refuse_architecture(model, config)
     layer_types = getattr(config, "layer_types", None) or ()
-    kept = DynamicCache(config=config).layers
+    try:
+        kept = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, ValueError) as error:
+        raise NotImplementedError(
+            f"transformers makes no DynamicCache for {type(config).__name__} ({type(error).__name__}: {error}), whose layers PTE bounds. Use "
+            "LoRA for this model."
+        ) from error
     found = list(_attentions(model))
     if not found:
         raise NotImplementedError(
@@ -126,11 +134,13 @@ def find_sites(model: PreTrainedModel) -> Sites:
             _measure(model, backbone, site, trial)
         if trial is not None and layer in trial.token_axes:
             site.token_axes = trial.token_axes[layer]
+            _check_tokens(model, site, layer)
     working = {id(site.attention) for site in sites.values()}
     idle = tuple(f"{name}." for index, name, module, _ in found if index in competing and id(module) not in working)
     readers = frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
     parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
-    return Sites(backbone, dict(sorted(sites.items())), readers, idle, any(parts))
+    masked = trial is not None and any(layer in trial.masked for site, layer in zip(sites.values(), layers, strict=True) if site.evicts)
+    return Sites(backbone, dict(sorted(sites.items())), readers, idle, masked, any(parts))
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module, str]]:
@@ -177,6 +187,15 @@ def _refuse_shared_layers(model: PreTrainedModel, sites: dict[int, Site]) -> Non
         raise NotImplementedError(
             f"{type(model).__name__} has several attention layers in one decoder layer (`{twice}`), whose linears could read the state of "
             "only one of them. Use LoRA for this model."
+        )
+
+
+def _check_tokens(model: PreTrainedModel, site: Site, layer: nn.Module) -> None:
+    names = list(inspect.signature(inspect.unwrap(type(layer).forward)).parameters)
+    if site.evicts and names[1] not in site.token_axes:
+        raise NotImplementedError(
+            f"`{site.block}` of {type(model).__name__} ({type(layer).__name__}) computes several vectors per token, which cannot be told apart "
+            "by token. Use LoRA for this model."
         )
 
 
@@ -345,6 +364,15 @@ def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
         raise NotImplementedError(
             f"{kind} is an encoder-decoder model, whose thoughts attend to an encoder as well. PTE supports decoder-only "
             "causal LMs."
+        )
+    if config.model_type in BLOCKS_IN_MASKS:
+        raise NotImplementedError(
+            f"{kind} lets tokens of an image see each other by masks of its own, made over a cache that grows. Use LoRA for this model."
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise NotImplementedError(
+            f"{kind} has local attention that counts the columns of its cache itself, so tokens would move when others are evicted. Use "
+            "LoRA for this model."
         )
     if getattr(config, "alibi", False) or config.model_type in POSITIONS_FROM_MASK:
         raise NotImplementedError(

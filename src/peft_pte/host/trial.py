@@ -48,6 +48,8 @@ class Trial:
     """Names of linears below the backbone that read what is cached, so more than the tokens of the call."""
     token_axes: dict[nn.Module, dict[str, int]]
     """By decoder layer: its inputs that have a token axis, and which it is, counted from the last."""
+    masked: set[nn.Module]
+    """Decoder layers that get a mask where no token is hidden but later ones."""
 
 
 class _CapturedError(Exception):
@@ -103,13 +105,14 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]], l
             arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
             try:
                 with prefill.taken():
-                    backbone(input_ids=ids[:, :-1], **arguments)
+                    where = {"position_ids": torch.arange(before, device=device)[None]} if told else {}
+                    backbone(input_ids=ids[:, :-1], **arguments, **where)
                 with notes.taken():
                     where = {"position_ids": torch.tensor([[position]], device=device)} if told else {}
                     backbone(input_ids=ids[:, -1:], **arguments, **where)
             except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
                 raise NotImplementedError(
-                    f"{type(backbone).__name__} cannot be run on {type(cache).__name__}, whose layers PTE bounds "
+                    f"{type(backbone).__name__} cannot be run on transformers' DynamicCache, whose layers PTE bounds "
                     f"({type(error).__name__}: {error}). Use LoRA for this model."
                 ) from error
             notes.position = position
@@ -117,6 +120,8 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]], l
         trial = _read(seen)
     for layer in layers:
         if layer in notes.inputs and layer in prefill.inputs:
+            if prefill.inputs[layer].get("attention_mask") is not None:
+                trial.masked.add(layer)
             trial.token_axes[layer] = _token_axes(prefill.inputs[layer], notes.inputs[layer], before)
     return trial
 
@@ -201,7 +206,7 @@ def _read(seen: list[_Notes]) -> Trial:
             continue
         writers[index] = module
         cached[index] = Cached((here.keys, there.keys), (here.values, there.values), (first.position, second.position))
-    return Trial(cached, writers, frozenset(first.readers & second.readers), {})
+    return Trial(cached, writers, frozenset(first.readers & second.readers), {}, set())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

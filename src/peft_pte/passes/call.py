@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..cache.cache import PTECache
 from ..cache.rows import Rows
-from ..host.compat import COLUMNS, COLUMNS_TO_KEEP
-from ..seam import Generation, Seam
+from ..host.compat import COLUMNS, UNUSED
+from ..seam import Generation, Outer, Seam
 from .boundary import Columns
 
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -31,6 +31,10 @@ class Call:
     use_cache: bool
     return_dict: bool
     rest: dict[str, Any] = field(default_factory=dict)
+    ids: Tensor | None = None
+    """``[B, N]``, where a model around the backbone has embedded them too; ``None``: not known."""
+    masks: dict[str, Any] | None = None
+    """By kind of attention, as such a model has made them."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,11 +67,11 @@ class Call:
     def columns(self) -> Columns:
         """What the rule for the end of a prompt reads."""
         mask = None if self.mask is None else self.mask[:, self.seen :]
-        return Columns(self.tokens.get("input_ids"), mask, self.shape, self.device, self.seen)
+        return Columns(self.ids, mask, self.shape, self.device, self.seen)
 
 
-def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
-    """Sort what the backbone was called with.
+def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: Outer | None) -> Call:
+    """Sort what the backbone was called with, by a model around it if there is an ``outer`` call.
 
     Raises:
         ValueError: Tokens are given twice or not at all, or the mask does not cover them.
@@ -75,7 +79,8 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
     """
     rest = dict(arguments)
     rest.pop("cache_position", None)
-    rest.pop(COLUMNS_TO_KEEP, None)
+    for name in UNUSED:
+        rest.pop(name, None)
     if any(rest.get(name) is not None for name in _PACKING):
         raise NotImplementedError(
             "Packed sequences cannot be scored under a bounded cache: each row needs its own window and state. Use one "
@@ -86,7 +91,9 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
         raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
     batch, columns = next(iter(tokens.values())).shape[:2]
     cache = rest.pop("past_key_values", None)
-    mask = rest.pop("attention_mask", None)
+    mask, masks = rest.pop("attention_mask", None), None
+    if outer is not None and isinstance(mask, dict):
+        mask, masks = outer.mask, mask
     seen = 0
     if isinstance(cache, PTECache):
         refuse_interrupted(cache)
@@ -104,6 +111,10 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
             )
         mask = mask.bool()
     positions = rest.pop("position_ids", None)
+    if outer is not None and outer.positions is None and positions is not None and positions.shape[0] == 1:
+        # Counted by the model around, which knows of no padding.
+        counted = torch.arange(seen, seen + columns, device=positions.device)
+        positions = None if torch.equal(positions[0], counted) else positions
     if positions is not None and positions.ndim != 2:
         raise NotImplementedError(f"`position_ids` must be 2D, got shape {tuple(positions.shape)}.")
     use_cache = rest.pop("use_cache", None)
@@ -122,6 +133,8 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any]) -> Call:
         use_cache=use_cache or cache is not None,
         return_dict=True if return_dict is None else return_dict,
         rest={name: value for name, value in rest.items() if value is not None},
+        ids=tokens.get("input_ids") if outer is None else outer.ids,
+        masks=masks,
     )
 
 
@@ -232,7 +245,7 @@ def _hide_last_padding(call: Call, rows: Rows, generation: Generation | None, hi
     A caller whose mask hides a row's end (``hidden [B]`` columns in all) knows of it, and is believed.
     """
     ended, rows.ended = rows.ended, None
-    ids = call.tokens.get("input_ids")
+    ids = call.ids
     if ended is None or ids is None or rows.padding_token is None:
         return
     batch, columns = call.shape

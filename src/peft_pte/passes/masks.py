@@ -40,10 +40,11 @@ class ChunkMasks:
         dtype: What the model computes in.
         window: ``W``.
         step: ``m``, tokens of an eviction.
+        always: Whether layers want a mask where all that is not later is seen too: they add to it.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, window: int, step: int) -> None:
-        self.config, self.dtype, self.window, self.step = config, dtype, window, step
+    def __init__(self, config: Any, dtype: torch.dtype, window: int, step: int, always: bool = False) -> None:
+        self.config, self.dtype, self.window, self.step, self.always = config, dtype, window, step, always
         self._made: dict[tuple[int, ...], Any] = {}
 
     def in_step(self, chunk: Chunk, prompt_mask: Tensor | None, rows: int, device: torch.device) -> Any:
@@ -61,7 +62,8 @@ class ChunkMasks:
                 seen[:, :prompt] = prompt_mask[:, :prompt]
                 seen[:, held : held + chunk.prompt] = prompt_mask[:, prompt : prompt + chunk.prompt]
             still_there = _still_there(prompt, held, self.step) if chunk.evictions > 1 else None
-            self._made[form] = self._make(1 if seen is None else rows, chunk.length, device, held, seen, still_there)
+            made = self._make(1 if seen is None else rows, chunk.length, device, held, seen, still_there)
+            self._made[form] = made.expand(rows, -1, -1, -1) if isinstance(made, Tensor) else made
         return self._made[form]
 
     def by_row(self, chunk: Chunk, prompt_mask: Tensor | None, written: Tensor, late: Tensor) -> Any:
@@ -98,14 +100,15 @@ class ChunkMasks:
     def of_step(self, visible: Tensor | None, slots: int, rows: int, device: torch.device) -> Any:
         """The mask of one token per row over ``slots`` slots, of which ``visible [B, slots]`` (``None``: all) are seen."""
         kind = attention_of(self.config)
-        if kind == "sdpa" and visible is None:
+        if kind == "sdpa" and visible is None and not self.always:
             return None
         if kind in ("eager", "sdpa") and visible is not None:
             # Of numbers, or each layer would make them of the truth values again.
             nothing = torch.zeros((), dtype=self.dtype, device=device)
-            return torch.where(visible[:, None, None], nothing, nothing + torch.finfo(self.dtype).min)
+            return torch.where(visible[:, None, None], nothing, nothing + torch.finfo(self.dtype).min).expand(rows, -1, -1, -1)
         visible = visible if visible is None or visible.shape[0] == rows else visible.expand(rows, -1)
-        return self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
+        made = self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
+        return made.expand(rows, -1, -1, -1) if isinstance(made, Tensor) else made
 
     def _make(self, rows: int, queries: int, device: torch.device, held: int, seen: Tensor | None, visible: Any) -> Any:
         return create_causal_mask(
@@ -114,6 +117,7 @@ class ChunkMasks:
             attention_mask=seen,
             past_key_values=cast(Any, _Held(held)),
             and_mask_function=visible,
+            allow_is_causal_skip=not self.always,
         )
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..cache.cache import PTECache, check_cache
 from ..cache.rows import Rows
 from ..method.state import Departing
-from ..seam import Generation, Seam
+from ..seam import Generation, Outer, Seam
 from .block import Pass, Work, running
 from .boundary import OpenPrompt, PromptEnds, PromptSpec
 from .call import (
@@ -45,15 +45,15 @@ from .token import run_token
 from .turn import Turn
 
 
-def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec) -> Any:
-    """The forward of an adapted backbone; what a caller sees is what the backbone itself returns.
+def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec, outer: Outer | None = None) -> Any:
+    """The forward of an adapted backbone, called by a model around it if there is an ``outer`` call; what a caller sees is what the backbone itself returns.
 
     Raises:
         ValueError: An argument contradicts the cache or the adapter.
         NotImplementedError: The call asks for what cannot be had under a bounded cache.
     """
     config = seam.config(adapter)
-    call = sort_arguments(seam, arguments)
+    call = sort_arguments(seam, arguments, outer)
     generation = seam.generation(call.cache)
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
@@ -71,7 +71,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec)
         output, cache = _run_passes(seam, adapter, call, ends, generation)
         # A row may end while the prompts of others go on.
         if generation is not None and generation.started and cache.rows is not None and call.shape[1] == 1:
-            generation.note_ends(cache.rows, call.tokens.get("input_ids"))
+            generation.note_ends(cache.rows, call.ids)
     if generation is not None:
         generation.started = True
     output.past_key_values = cache if call.use_cache else None
@@ -150,7 +150,7 @@ def _run_passes(
         # As they are now: a pass may run again after they have moved on.
         None if rows is None else rows.fork(),
         turn,
-        ChunkMasks(seam.text_config, seam.model.dtype, cache.window or 0, plan.step),
+        ChunkMasks(seam.text_config, seam.model.dtype, cache.window or 0, plan.step, seam.found.wants_masks),
         checkpointed,
         checkpointed and config.recompute_layers,
         gradients and len(passes) == 1,

@@ -86,7 +86,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         cache.count(rows, 1)
     cache.interrupted = False
     if generation is not None and generation.started:
-        generation.note_ends(rows, call.tokens.get("input_ids"))
+        generation.note_ends(rows, call.ids)
     seam.observe(cache, None, evicted=cache.evictions > before)
     return output
 
@@ -118,7 +118,7 @@ def _count(
     if visible is not None and cache.fixed is not None:
         # One shape for all steps and generations.
         visible = visible.expand(positions.shape[0], -1).contiguous()
-    masks = ChunkMasks(seam.text_config, seam.model.dtype, rows.window, rows.step)
+    masks = ChunkMasks(seam.text_config, seam.model.dtype, rows.window, rows.step, seam.found.wants_masks)
     return Token(now, departing, masks.of_step(visible, slots, positions.shape[0], positions.device))
 
 

@@ -28,7 +28,7 @@ from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
 from ..passes.run import run
 from ..passes.token import prepare, step
-from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, Seam
+from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, Outer, Seam
 
 _HOOKS = "_pte_hooks"
 _GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation")
@@ -51,6 +51,9 @@ def install(model: PreTrainedModel) -> Seam:
         host.register_forward_hook(_leave_call, with_kwargs=True, always_call=True),
         host.register_forward_pre_hook(without_lora_arguments, with_kwargs=True),
     ]
+    for wrapper in seam.wrappers:
+        hooks.append(wrapper.register_forward_pre_hook(functools.partial(_enter_wrapper, seam), with_kwargs=True))
+        hooks.append(wrapper.register_forward_hook(functools.partial(_leave_wrapper, seam), always_call=True))
     setattr(host, _HOOKS, hooks)
     for index, layer in seam.blocks:
         wrap(layer, seam.sites[index])
@@ -112,7 +115,8 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(arguments.get("past_key_values"), PTECache):
             raise ValueError(NO_ADAPTER)
         return seam.inner(**arguments)
-    return run(seam, adapter, arguments, seam.calls.take())
+    outer = seam.calls.outer[-1] if seam.calls.outer else None
+    return run(seam, adapter, arguments, seam.calls.take(), outer)
 
 
 def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +177,29 @@ def _forget_call(model: nn.Module) -> None:
     stack = getattr(model, ATTRIBUTE).calls.stack
     if stack:
         stack.pop()
+
+
+def _enter_wrapper(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not _is_step(kwargs):
+        _note_outer(seam, wrapper, args, kwargs)
+
+
+@torch.compiler.disable
+def _note_outer(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = {**inspect.signature(type(wrapper).forward).bind_partial(wrapper, *args).arguments, **kwargs}
+    ids, mask, cache = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+    around = seam.calls.outer[-1] if seam.calls.outer else None
+    if isinstance(mask, dict) and around is not None:
+        mask = around.mask
+    seam.calls.outer.append(Outer(ids, mask, given.get("position_ids")))
+    tokens = ids if ids is not None else given.get("inputs_embeds")
+    if isinstance(cache, PTECache) and tokens is not None:
+        cache.show_columns(tokens.shape[1])
+
+
+def _leave_wrapper(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not torch.compiler.is_compiling() and seam.calls.outer:
+        seam.calls.outer.pop()
 
 
 def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -> Any:
