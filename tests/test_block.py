@@ -197,7 +197,7 @@ def test_a_copy_runs_its_own_layers():
         for parameter in trainable(model).values():
             parameter.zero_()
         assert_close(thought_logits(twin, batch), expected)
-    assert all(one.forward.args[0] is one for one in blocks_of(twin))
+    assert all(one.forward.args[0].module is one for one in blocks_of(twin))
 
 
 def test_private_names_of_transformers_are_there():

@@ -441,9 +441,8 @@ def test_routers_that_return_more_than_a_tensor():
         def forward(self, x):
             return super().forward(x), None
 
-    base = make_base("llama")
-    base.model.layers[0].mlp.up_proj = Router(32, 48)
-    model = get_peft_model(base, config(target_modules=["up_proj"]))
+    model = get_peft_model(make_base("llama"), config(target_modules=["up_proj"]))
+    model.get_base_model().model.layers[0].mlp.up_proj.base_layer = Router(32, 48)
     with pytest.raises(NotImplementedError, match="returns more than one tensor"):
         model(**make_prompts())
 

@@ -50,9 +50,12 @@ class Outcome:
     error: float = 0.0
     """Largest difference of a scored and a sampled logit, as a share of the largest logit."""
 
+    still: set[str] = field(default_factory=set)
+    """Linears to which LoRA's loss gives no gradient either."""
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "still"}
 
 
 def prompts(lengths: tuple[int, ...] = PROMPTS) -> dict[str, Tensor]:
@@ -100,15 +103,16 @@ def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros(()) if grad is None else grad.clone() for name, grad in found.items()}
 
 
-def control(kind: str) -> str:
-    """Whether LoRA works on a type: ``"works"``, or why it does not."""
+def control(kind: str) -> tuple[str, set[str]]:
+    """Whether LoRA works on a type (``"works"``, or why it does not), and linears to which its loss gives no gradient."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     try:
-        model = get_peft_model(tiny_model(kind), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-        batch, _ = roll_out(model, prompts(), 4)
-        gradients(model.train(), batch)
+        model = get_peft_model(tiny_model(kind), lora)
+        batch, _ = roll_out(model, prompts(), NEW)
+        found = gradients(model.train(), batch)
     except Exception as error:
-        return f"{type(error).__name__}: {_line(error)}"
-    return "works"
+        return f"{type(error).__name__}: {_line(error)}", set()
+    return "works", {name.partition(".lora_")[0] for name, grad in found.items() if not float(grad.abs().max()) > 0}
 
 
 def try_type(kind: str, **fields: Any) -> Outcome:
@@ -120,7 +124,7 @@ def try_type(kind: str, **fields: Any) -> Outcome:
         except Exception as error:
             outcome.verdict, outcome.reason = "not tried", f"{type(error).__name__}: {_line(error)}"
             return outcome
-        outcome.lora = control(kind)
+        outcome.lora, outcome.still = control(kind)
         try:
             for name, question in _questions(kind, outcome, fields):
                 outcome.where = name
@@ -188,7 +192,8 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         expected = gradients(model, batch)
         largest = max(float(grad.abs().max()) for grad in expected.values())
         still = [name for name, grad in expected.items() if not float(grad.abs().max()) > 0]
-        if still and ".experts." not in still[0]:
+        still = [name for name in still if ".experts." not in name and name.partition(".pte_")[0] not in outcome.still]
+        if still:
             raise Wrong(f"{len(still)} of {len(expected)} parameters get no gradient, `{still[0]}` is the first")
         if not model.get_base_model().supports_gradient_checkpointing:
             return

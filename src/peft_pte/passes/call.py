@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..cache.cache import PTECache
 from ..cache.rows import Rows
-from ..host.compat import COLUMNS, UNUSED
+from ..host.compat import COLUMNS, FULL_ATTENTION, UNUSED
 from ..seam import Generation, Outer, Seam
 from .boundary import Columns
+from .layout import Layout
 
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
@@ -136,6 +137,29 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: Outer | None) -
         ids=tokens.get("input_ids") if outer is None else outer.ids,
         masks=masks,
     )
+
+
+def seen_together(call: Call, layout: Layout) -> Tensor | None:
+    """``[B, P, P]``, where a token of the prompt sees a later one too: those of an image do; ``None``: nowhere.
+
+    A model around the backbone says so by the mask that it has made for full attention.
+
+    Raises:
+        NotImplementedError: Tokens that see later ones are no part of the first prompt, or rows would have to be moved.
+    """
+    mask = None if call.masks is None else call.masks.get(FULL_ATTENTION)
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or call.shape[1] == 1:
+        return None
+    sees = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, -call.shape[1] :]
+    later = sees.triu(1)
+    if not bool(later.any()):
+        return None
+    if call.seen or layout.source is not None or bool(later[:, :, layout.prompt :].any()):
+        raise NotImplementedError(
+            "Tokens that see later ones (those of an image) must be part of the first prompt, and prompts must end in one column: pad them "
+            "on the left, or take one row at a time."
+        )
+    return later[:, : layout.prompt, : layout.prompt].expand(call.shape[0], -1, -1)
 
 
 def positions_of(seam: Seam, call: Call, generation: Generation | None) -> Tensor:

@@ -41,9 +41,19 @@ class ChunkMasks:
         window: ``W``.
         step: ``m``, tokens of an eviction.
         always: Whether layers want a mask where all that is not later is seen too: they add to it.
+        together: ``[B, N, N]`` over the first columns of a sequence, True where a token sees a later one too; ``None``: nowhere.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, window: int, step: int, always: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        window: int,
+        step: int,
+        always: bool = False,
+        together: Tensor | None = None,
+    ) -> None:
+        self.together = together
         self.config, self.dtype, self.window, self.step, self.always = config, dtype, window, step, always
         self._made: dict[tuple[int, ...], Any] = {}
 
@@ -54,6 +64,7 @@ class ChunkMasks:
         """
         prompt, window = chunk.held
         form = (prompt, window, chunk.prompt, chunk.thoughts, chunk.evictions)
+        together = self.together if chunk.prompt else None
         if form not in self._made:
             held = prompt + window - chunk.drop
             seen = None
@@ -62,7 +73,8 @@ class ChunkMasks:
                 seen[:, :prompt] = prompt_mask[:, :prompt]
                 seen[:, held : held + chunk.prompt] = prompt_mask[:, prompt : prompt + chunk.prompt]
             still_there = _still_there(prompt, held, self.step) if chunk.evictions > 1 else None
-            made = self._make(1 if seen is None else rows, chunk.length, device, held, seen, still_there)
+            alike = seen is None and together is None
+            made = self._make(1 if alike else rows, chunk.length, device, held, seen, still_there, together)
             self._made[form] = made.expand(rows, -1, -1, -1) if isinstance(made, Tensor) else made
         return self._made[form]
 
@@ -95,7 +107,8 @@ class ChunkMasks:
         first = first_visible(
             torch.cat([prompts(prompt, chunk.prompt).clamp(max=0), own], dim=1), self.window, self.step
         )
-        return self._make(rows, chunk.length, device, held, None, _not_before(thought, first, held))
+        together = self.together if chunk.prompt else None
+        return self._make(rows, chunk.length, device, held, None, _not_before(thought, first, held), together)
 
     def of_step(self, visible: Tensor | None, slots: int, rows: int, device: torch.device) -> Any:
         """The mask of one token per row over ``slots`` slots, of which ``visible [B, slots]`` (``None``: all) are seen."""
@@ -110,13 +123,23 @@ class ChunkMasks:
         made = self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
         return made.expand(rows, -1, -1, -1) if isinstance(made, Tensor) else made
 
-    def _make(self, rows: int, queries: int, device: torch.device, held: int, seen: Tensor | None, visible: Any) -> Any:
+    def _make(
+        self,
+        rows: int,
+        queries: int,
+        device: torch.device,
+        held: int,
+        seen: Tensor | None,
+        visible: Any,
+        together: Tensor | None = None,
+    ) -> Any:
         return create_causal_mask(
             config=self.config,
             inputs_embeds=torch.empty(rows, queries, 0, dtype=self.dtype, device=device),
             attention_mask=seen,
             past_key_values=cast(Any, _Held(held)),
             and_mask_function=visible,
+            or_mask_function=None if together is None else _seen_together(together),
             allow_is_causal_skip=not self.always,
         )
 
@@ -127,6 +150,13 @@ def _still_there(prompt: int, held: int, step: int) -> Any:
     def visible(batch_index: Any, head_index: Any, query_index: Any, column: Any) -> Any:
         gone = (query_index - held) // step * step
         return (column < prompt) | (column >= prompt + gone)
+
+    return visible
+
+
+def _seen_together(together: Tensor) -> Any:
+    def visible(batch_index: Any, head_index: Any, query_index: Any, column: Any) -> Any:
+        return together[batch_index, query_index, column]
 
     return visible
 

@@ -82,6 +82,8 @@ class Sizes:
     """Thoughts (or columns of prompt) of a chunk, at most."""
     evictions: int
     """Evictions of a chunk, at most: one where what leaves next depends on what the chunk itself makes."""
+    whole_prompt: bool = False
+    """Whether the prompt of the call is one chunk: some of its tokens see later ones."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,12 @@ def _chunks(counts: Counts, sizes: Sizes) -> Iterator[Chunk]:
             kept = min(kept, thought + new_thoughts - (before + evictions) * step)
         return Chunk(column, new_prompt, new_thoughts, evictions, before, (prompt, held), drop, kept, done)
 
+    if sizes.whole_prompt and counts.new_prompt:
+        yield (made := chunk(counts.new_prompt, 0, 0))
+        prompt, column, held = prompt + counts.new_prompt, counts.new_prompt, made.kept
     # Before the first eviction every column sees all before it: the prompt and the first window are cut alike.
-    free = counts.new_prompt + min(max(window - thought, 0), last - counts.thoughts)
+    left = counts.prompt + counts.new_prompt - prompt
+    free = left + min(max(window - thought, 0), last - counts.thoughts)
     pieces = max(1, -(-free // sizes.chunk) if free > SLACK * sizes.chunk else 1)
     for piece in range(pieces):
         length = free * (piece + 1) // pieces - free * piece // pieces

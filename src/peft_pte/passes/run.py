@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from .call import (
     positions_of,
     refuse_packed,
     refuse_recording,
+    seen_together,
     sort_arguments,
 )
 from .ends import find_ends
@@ -106,6 +107,8 @@ class _Run:
     keep: int | None
     """Columns of the call if what is written is to be kept."""
     rest: dict[str, Any]
+    host_masks: dict[str, Any] | None
+    """By kind of attention, where tokens see later ones."""
 
 
 def _run_passes(
@@ -134,10 +137,13 @@ def _run_passes(
         seam.check_positions(seen + layout.columns)
     gradients = torch.is_grad_enabled()
     checkpointed = seam.checkpoints_layers() and gradients
-    plan = make_plan(counts, _sizes(seam, adapter, turn, checkpointed))
+    together = None if turn is None else seen_together(call, layout)
+    plan = make_plan(counts, replace(_sizes(seam, adapter, turn, checkpointed), whole_prompt=together is not None))
     if len(plan.chunks) > 1:
         refuse_recording(seam, call)
-    longest = seam.pass_length(adapter) if checkpointed and cache.continuable else None
+    # What the model around has made for layers that are not bounded is over all columns.
+    host_masks = None if together is None else call.masks
+    longest = seam.pass_length(adapter) if checkpointed and cache.continuable and host_masks is None else None
     passes = list(plan.passes(longest))
     run = _Run(
         seam,
@@ -150,12 +156,13 @@ def _run_passes(
         # As they are now: a pass may run again after they have moved on.
         None if rows is None else rows.fork(),
         turn,
-        ChunkMasks(seam.text_config, seam.model.dtype, cache.window or 0, plan.step, seam.found.wants_masks),
+        ChunkMasks(seam.text_config, seam.model.dtype, cache.window or 0, plan.step, seam.found.wants_masks, together),
         checkpointed,
         checkpointed and config.recompute_layers,
         gradients and len(passes) == 1,
         plan.stop if call.use_cache else None,
         call.rest,
+        host_masks,
     )
     # With the inputs of layers on the CPU nothing is left to save by recomputing whole passes as well.
     by_pass = checkpointed and not (config.recompute_layers and config.offload)
@@ -266,7 +273,9 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
     arguments = {
         **{name: rows[:, part] for name, rows in run.tokens.items()},
         # Where all layers are bounded nothing counts columns, and no token is to cost more than the one before it.
-        "attention_mask": (None if valid is None else valid.long())
+        "attention_mask": run.host_masks
+        if run.host_masks is not None
+        else (None if valid is None else valid.long())
         if cache.bounds_all
         else mask_by_column(
             run.past, None if run.mask is None else run.mask[:, : plan.stop], run.seen, run.positions[:, : plan.stop]
