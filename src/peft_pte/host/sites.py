@@ -118,8 +118,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
             )
         layer_type = layer_types[index] if index < len(layer_types) else None
         sites.setdefault(index, Site(index, block, name, module, layer_type, evicts))
-        if evicts:
-            competing.setdefault(index, []).append(module)
+        competing.setdefault(index, []).append(module)
     _refuse_shared_layers(model, sites)
     for site in sites.values():
         site.sharing = sharing_of(config, site.index)
@@ -128,7 +127,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
         # Linear attention, convolution: no keys and values, so nothing that could be evicted.
         sites[number] = Site(number, name, name, layer, layer_type, False)
     layers = [model.get_submodule(site.block) for site in sites.values()]
-    trial = try_out(backbone, competing, layers) if competing and has_numbers(backbone) else None
+    trial = try_out(backbone, competing, layers) if has_numbers(backbone) else None
     for site, layer in zip(sites.values(), layers, strict=True):
         if site.evicts:
             _measure(model, backbone, site, trial)
@@ -136,7 +135,9 @@ def find_sites(model: PreTrainedModel) -> Sites:
             site.token_axes = trial.token_axes[layer]
             _check_tokens(model, site, layer)
     working = {id(site.attention) for site in sites.values()}
-    idle = tuple(f"{name}." for index, name, module, _ in found if index in competing and id(module) not in working)
+    idle = tuple(
+        f"{name}." for index, name, module, _ in found if index in sites and sites[index].evicts and id(module) not in working
+    )
     readers = frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
     parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
     masked = trial is not None and any(layer in trial.masked for site, layer in zip(sites.values(), layers, strict=True) if site.evicts)
@@ -295,25 +296,39 @@ def default_targets(model: nn.Module, sites: Sites, config: PTEConfig) -> set[st
         site = site_of(sites, name)
         numbers = config.layers_to_transform
         chosen = numbers is None or site is None or site.index in ([numbers] if isinstance(numbers, int) else numbers)
-        if site is not None and chosen and _is_feature(model, name, module, sites):
+        if site is not None and chosen and why_not(model, name, module, sites) is None:
             wanted.add(name)
     taken = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in wanted}
     return {name if last in taken else last for name in wanted for last in (name.rpartition(".")[2],)}
 
 
-def left_out(model: nn.Module, sites: Sites) -> dict[str, int]:
-    """Weights of the decoder layers that no adapter of the default targets sits on: numbers of parameters, by name without layer."""
-    found: dict[str, int] = {}
-    adapted = {name for name, module in _linears(model) if site_of(sites, name) and _is_feature(model, name, module, sites)}
+@dataclass(frozen=True)
+class LeftOut:
+    """Weights of the decoder layers that no adapter of the default targets sits on."""
+
+    parameters: int
+    reason: str
+
+
+def left_out(model: nn.Module, sites: Sites) -> dict[str, LeftOut]:
+    """What of the decoder layers the default targets leave as it is, vectors apart, by name within a layer."""
+    linears = dict(_linears(model))
+    found: dict[str, LeftOut] = {}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        site = site_of(sites, name)
-        base = owner.removesuffix(".base_layer")
-        if site is None or parameter.ndim < 2 or base in adapted or ".pte_" in name or "thought_encoder" in name:
+        owner = name.rpartition(".")[0].removesuffix(".base_layer")
+        site = site_of(sites, owner)
+        if site is None or parameter.ndim < 2 or ".pte_" in name:
             continue
-        short = re.sub(r"\.\d+\.", ".N.", name[len(site.block) + 1 :])
-        found[short] = found.get(short, 0) + parameter.numel()
+        module = linears.get(owner)
+        reason = why_not(model, owner, module, sites) if module is not None else _NO_LINEAR[parameter.ndim > 2]
+        if reason is not None:
+            short = re.sub(r"\.\d+\.", ".N.", name[len(site.block) + 1 :].replace(".base_layer", ""))
+            before = found[short].parameters if short in found else 0
+            found[short] = LeftOut(before + parameter.numel(), reason)
     return found
+
+
+_NO_LINEAR = {False: "no linear layer", True: "in one tensor, as experts and convolutions are"}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -329,15 +344,19 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_feature(model: nn.Module, name: str, module: nn.Module, sites: Sites) -> bool:
-    """Whether a linear computes features of the tokens that it is called with, by being called."""
+def why_not(model: nn.Module, name: str, module: nn.Module, sites: Sites) -> str | None:
+    """Why a linear is no default target; ``None``: it is, since it computes features of the tokens that it is called with."""
     parent, _, last = name.rpartition(".")
     owner = type(model.get_submodule(parent))
-    routes = any(word in type(module).__name__ for word in _ROUTERS)
-    if routes or any(word in owner.__name__ for word in _ROUTERS_OWNERS) or name in sites.readers or name.startswith(sites.idle or (" ",)):
-        return False
-    # Fused code reads its weight, and an adapter would be passed by.
-    return not re.search(rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape))", _source(owner))
+    if any(word in type(module).__name__ for word in _ROUTERS) or any(word in owner.__name__ for word in _ROUTERS_OWNERS):
+        return "chooses experts"
+    if name in sites.readers:
+        return "reads what is cached, so no token's state is its own"
+    if name.startswith(sites.idle or (" ",)):
+        return "cross-attention, which text does not reach"
+    if re.search(rf"self\.{re.escape(last)}\.(weight|bias)\b(?!\.(dtype|device|shape))", _source(owner)):
+        return f"{owner.__name__} reads its weight without calling it"
+    return None
 
 
 _sources: dict[type, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
@@ -14,7 +15,17 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
-from ..host.sites import Site, Sites, check_config, default_targets, settle_rotation, site_of
+from ..host.sites import (
+    LeftOut,
+    Site,
+    Sites,
+    check_config,
+    default_targets,
+    left_out,
+    settle_rotation,
+    site_of,
+    why_not,
+)
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam
@@ -125,6 +136,7 @@ class PTEModel(BaseTuner):
             settle_rotation(seam.found, config)
             PTECache(seam.text_config, config)
             watch(model, adapter_name, self.prefix)
+            by_default = config.target_modules is None
             self._ranks: dict[int, int] = {}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))
@@ -132,8 +144,31 @@ class PTEModel(BaseTuner):
             if not any(isinstance(module, PTELayer) for module in model.modules()):
                 remove(seam)
             raise
+        if by_default:
+            self._say_what_is_left_out(seam)
         known = model.model_tags or []
         model.add_model_tags([tag for tag in MODEL_TAGS if tag not in known])
+
+    def left_out(self) -> dict[str, LeftOut]:
+        """What of the decoder layers the default targets leave as it is: numbers of parameters and reasons, by name within a layer.
+
+        Experts that are held in one tensor, so most of a large mixture of experts; routers; convolutions; linears that fused code reads
+        without calling them, or that read what is cached.
+        """
+        return left_out(self.model, Seam.require(self.model).found)
+
+    def _say_what_is_left_out(self, seam: Seam) -> None:
+        found = left_out(self.model, seam.found)
+        if not found:
+            return
+        inside = (parameter.numel() for name, parameter in self.model.named_parameters() if site_of(seam.found, name) and ".pte_" not in name)
+        share = sum(part.parameters for part in found.values()) / max(1, sum(inside))
+        names = "; ".join(f"`{name}` ({part.reason})" for name, part in found.items())
+        warnings.warn(
+            f"{share:.0%} of the weights of the decoder layers are left as they are: {names}. `model.base_model.left_out()` says it again.",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def _prepare_adapter_config(self, peft_config: PTEConfig, model_config: dict[str, Any]) -> PTEConfig:
         if peft_config.target_modules is None:
@@ -181,6 +216,9 @@ class PTEModel(BaseTuner):
                 f"`target_modules` must lie inside the decoder layers, whose state they read; got `{name}`. Exclude it "
                 "with `exclude_modules`."
             )
+        reason = why_not(self.model, name, base, sites)
+        if reason is not None:
+            raise ValueError(f"`target_modules` must not reach `{name}`: {reason}. Exclude it with `exclude_modules`.")
         return site
 
     def _inject_encoders(self, seam: Seam, config: PTEConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
