@@ -1,6 +1,8 @@
 """The table of models that the laws are tested on: tiny, random, one per architecture."""
 
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -11,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -126,6 +130,8 @@ MODELS = {
     # One key head for all query heads.
     "gpt_bigcode": (
         GPTBigCodeForCausalLM,
+        GPTJConfig,
+        GPTJForCausalLM,
         GPTBigCodeConfig,
         {
             **COMMON,
@@ -155,6 +161,39 @@ MODELS = {
     # Sliding attention beside full attention.
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
+}
+MODELS |= {
+    # A latent and a rotated part in place of keys and values, of two widths.
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {
+            **GROUPED,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 3,
+        },
+    ),
+    # Rotation inside the attention.
+    "gptj": (
+        GPTJForCausalLM,
+        GPTJConfig,
+        {
+            **COMMON,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "rotary_dim": 4,
+            "n_positions": 512,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    ),
 }
 EAGER_ONLY = ("gemma2",)
 # What every law must hold for.

@@ -16,11 +16,7 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
     DynamicCache,
-    GPTJConfig,
-    GPTJForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
@@ -179,13 +175,6 @@ def test_positions_from_the_attention_mask():
         get_peft_model(bloom, config())
 
 
-def test_latent_attention():
-    fields = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    deepseek = DeepseekV3ForCausalLM(DeepseekV3Config(**{**GROUPED, **fields, "first_k_dense_replace": 3}))
-    with pytest.raises(NotImplementedError, match="latent attention"):
-        get_peft_model(deepseek, config())
-
-
 def test_models_without_a_growing_layer():
     model = MistralForCausalLM(MistralConfig(**{**GROUPED, "sliding_window": 16}))
     with pytest.raises(NotImplementedError, match="`cache_window` has nothing to bound"):
@@ -200,18 +189,6 @@ def test_rotations_that_depend_on_the_length(rope_type):
     model = make_base("llama", rope_parameters=parameters)
     with pytest.raises(NotImplementedError, match=f"rope_type='{rope_type}'"):
         get_peft_model(model, config())
-
-
-def test_rotary_code_that_cannot_be_found():
-    gptj = GPTJForCausalLM(GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128))
-    with pytest.raises(NotImplementedError, match='`key_rotation` must be "kept" for this model, got "removed"'):
-        get_peft_model(gptj, config())
-    # The remedy that the sentence names works.
-    torch.manual_seed(0)
-    model = get_peft_model(gptj.eval(), config(key_rotation="kept"))
-    rollout = roll_out(model, make_prompts(), 2 * WINDOW)
-    with torch.no_grad():
-        assert_close(thought_logits(model, rollout.truncated(2 * WINDOW)), rollout.logits)
 
 
 NAMES = ["default", "__base__", "default"]

@@ -53,7 +53,9 @@ def render(outcomes: dict[str, dict[str, Any]]) -> str:
 
 def _working(one: dict[str, Any]) -> tuple[str, ...]:
     kinds = one["layers"].replace("ThoughtLayer", "bounded").replace("DynamicSlidingWindowLayer", "sliding or chunked")
-    kinds = kinds.replace("LinearAttentionLayer", "recurrent or convolution").replace("DummyLayer", "without keys and values")
+    kinds = kinds.replace("LinearAttentionLayer", "recurrent or convolution").replace(
+        "DummyLayer", "without keys and values"
+    )
     return f"`{one['kind']}`", kinds, "yes" if one["static"] == "works" else "no"
 
 

@@ -18,11 +18,17 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"hidden_size|n_embd|d_model|dim|embed_dim|embedding_size|emb_dim|word_embed_proj_dim|dim_model|lru_width", WIDTH),
     (r"hidden_size_per_layer_input", 8),
     (r".*(moe|expert).*(intermediate|ffn).*|expert_dim", 16),
-    (r"intermediate_size.*|n_inner|.*ffn_dim|d_ff|ffn_hidden_size|ffn_size|dim_ff|.*ffn_hidden.*|mlp_intermediate_size", 48),
+    (
+        r"intermediate_size.*|n_inner|.*ffn_dim|d_ff|ffn_hidden_size|ffn_size|dim_ff|.*ffn_hidden.*|mlp_intermediate_size",
+        48,
+    ),
     (r"num_hidden_layers|n_layers?|num_layers|.*decoder_layers|.*encoder_layers|num_blocks", 4),
     (r"num_attention_heads|n_heads?|num_heads|.*decoder_attention_heads|.*encoder_attention_heads", HEADS),
     (r"num_key_value_heads|swa_num_key_value_heads|num_global_key_value_heads|n_kv_heads|num_kv_heads", 2),
-    (r"head_dim|global_head_dim|swa_head_dim|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|dim_head|d_kv", HEAD_DIM),
+    (
+        r"head_dim|global_head_dim|swa_head_dim|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|dim_head|d_kv",
+        HEAD_DIM,
+    ),
     (r"qk_rope_head_dim", 4),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank", 16),
     (r"index_n_heads", 2),
@@ -32,7 +38,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"n_group|topk_group|num_expert_group", 1),
     (r"first_k_dense_replace|num_dense_layers", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len|context_length", 512),
-    (r"sliding_window|sliding_window_size|attention_window_size|window_size|attention_chunk_size|local_attention", SLIDING),
+    (
+        r"sliding_window|sliding_window_size|attention_window_size|window_size|attention_chunk_size|local_attention",
+        SLIDING,
+    ),
     (r"mamba_d_state|state_size|ssm_state_size|mamba_d_ssm_state", 8),
     (r"mamba_d_ssm", 64),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
@@ -64,12 +73,37 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 6},
-    "roc_bert": {"pronunciation_embed_dim": 8, "pronunciation_vocab_size": 61, "shape_embed_dim": 8, "shape_vocab_size": 61},
-    "qwen4_exp_text": {"hc_lowrank": 8, "ple_embed_dim": 32, "ngram_vocab_size_base": 500, "split_ngram_parts": 2, "heads_per_ngram": 2},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "pronunciation_vocab_size": 61,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": 61,
+    },
+    "qwen4_exp_text": {
+        "hc_lowrank": 8,
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 500,
+        "split_ngram_parts": 2,
+        "heads_per_ngram": 2,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6},
-    "gemma4_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
-    "gemma4_unified_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 6,
+    },
+    "gemma4_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+    "gemma4_unified_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
@@ -78,7 +112,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
         },
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 48},
@@ -88,7 +125,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "adapter_rank": 4, "attention_hidden_size": 64, "num_query_groups": 4},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "adapter_rank": 4,
+        "attention_hidden_size": 64,
+        "num_query_groups": 4,
+    },
 }
 
 

@@ -67,11 +67,19 @@ def prompts(lengths: tuple[int, ...] = PROMPTS) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
-def roll_out(model: Any, batch: dict[str, Tensor], new: int = NEW, **generation: Any) -> tuple[dict[str, Tensor], Tensor]:
+def roll_out(
+    model: Any, batch: dict[str, Tensor], new: int = NEW, **generation: Any
+) -> tuple[dict[str, Tensor], Tensor]:
     """Sampled tokens as a scoring batch, and the logits they were sampled from."""
     torch.manual_seed(2)
     output = model.generate(
-        **batch, max_new_tokens=new, do_sample=True, top_k=0, output_logits=True, return_dict_in_generate=True, **generation
+        **batch,
+        max_new_tokens=new,
+        do_sample=True,
+        top_k=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **generation,
     )
     mask = torch.cat([batch["attention_mask"], batch["attention_mask"].new_ones(len(output.sequences), new)], dim=1)
     labels = output.sequences.clone()
@@ -157,7 +165,10 @@ def _try_remedy(kind: str, outcome: Outcome) -> None:
             batch, logits = roll_out(model, prompts())
             own = difference(score(model, batch), logits)
     except Exception as error:
-        outcome.verdict, outcome.reason = "crash", f"the remedy fails ({type(error).__name__}: {_line(error)}): {outcome.reason}"
+        outcome.verdict, outcome.reason = (
+            "crash",
+            f"the remedy fails ({type(error).__name__}: {_line(error)}): {outcome.reason}",
+        )
         return
     if not error <= TOLERANCE + 4 * own:
         outcome.verdict, outcome.reason = "wrong", f"the remedy is wrong by {error:.1e}: {outcome.reason}"
@@ -192,7 +203,9 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         model.peft_config["default"].cache_window = WINDOW
         outcome.error = error = difference(score(model, batch), made["logits"])
         if not error <= TOLERANCE + 4 * own:
-            raise Wrong(f"scored logits differ from the rollout's by {error:.1e} of the largest; without a window by {own:.1e}")
+            raise Wrong(
+                f"scored logits differ from the rollout's by {error:.1e} of the largest; without a window by {own:.1e}"
+            )
 
     def eviction() -> None:
         model = made["model"]

@@ -245,9 +245,11 @@ def _wrappers(model: PreTrainedModel, backbone: nn.Module) -> list[nn.Module]:
     around = [
         part
         for part in model.modules()
-        if isinstance(part, PreTrainedModel) and part is not backbone and any(child is backbone for child in part.modules())
+        if isinstance(part, PreTrainedModel)
+        and part is not backbone
+        and any(child is backbone for child in part.modules())
     ]
-    return around if len(around) > 1 else []
+    return [*around] if len(around) > 1 else []
 
 
 @dataclass

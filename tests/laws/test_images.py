@@ -122,7 +122,12 @@ def test_rows_that_end_are_padding_from_there_on():
     end = int(alone.input_ids[0, prompts["input_ids"].shape[1] + 12])
     torch.manual_seed(2)
     output = model.generate(
-        **prompts, max_new_tokens=THOUGHTS, do_sample=True, eos_token_id=end, pad_token_id=PAD, return_dict_in_generate=True
+        **prompts,
+        max_new_tokens=THOUGHTS,
+        do_sample=True,
+        eos_token_id=end,
+        pad_token_id=PAD,
+        return_dict_in_generate=True,
     )
     rows = output.past_key_values.rows
     rows.synchronize()

@@ -48,7 +48,11 @@ class FixedAddresses:
 
     def write_positions(self, positions: Tensor) -> None:
         """Let the tokens of the step stand at ``positions [B, 1]``."""
-        if self.positions is None or self.positions.shape != positions.shape or self.positions.device != positions.device:
+        if (
+            self.positions is None
+            or self.positions.shape != positions.shape
+            or self.positions.device != positions.device
+        ):
             self.positions = positions.clone(memory_format=torch.contiguous_format)
             torch._dynamo.mark_static_address(self.positions)
         else:

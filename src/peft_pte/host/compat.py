@@ -18,6 +18,9 @@ LAYER_NUMBERS = ("layer_idx", "layer_id")
 # Models whose positions come from the attention mask, without a field of the config that says so (5.17 to 5.23).
 POSITIONS_FROM_MASK = ("bloom", "mpt", "cpmant")
 
+# What says on an attention layer whether it rotates (5.17 to 5.23).
+ROTATES = "use_rope"
+
 # Models whose own masks let blocks of tokens see each other, and read the cache for it (5.23).
 BLOCKS_IN_MASKS = ("git",)
 

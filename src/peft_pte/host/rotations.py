@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..method.rotary import STYLES, Embedding, Frequencies, Rotation, layout_of
+from .compat import ROTATES
 
 # Half-precision keys agree to about 1 %; a wrong rotation is off by its own size.
 _SAME = 0.05
 
 
 def find_rotation(
-    backbone: nn.Module, attention: nn.Module, layer_type: str | None, heads: tuple[Tensor, Tensor], positions: tuple[int, int]
+    backbone: nn.Module,
+    attention: nn.Module,
+    layer_type: str | None,
+    heads: tuple[Tensor, Tensor],
+    positions: tuple[int, int],
 ) -> Rotation | None:
     """How one hidden vector's ``heads [1, G, 1, head_dim]`` at two positions were turned; ``None``: not at all.
 
@@ -38,7 +43,9 @@ def find_rotation(
         if error <= _SAME:
             found.append((error, rotation))
     if not found:
-        raise LookupError(f"no rotation that {type(backbone).__name__} is known to have gives the keys of {type(attention).__name__} back")
+        raise LookupError(
+            f"no rotation that {type(backbone).__name__} is known to have gives the keys of {type(attention).__name__} back"
+        )
     # In order; a later one only where it fits much better, as slow pairs cannot be told apart.
     best = min(error for error, _ in found)
     return next(rotation for error, rotation in found if error <= 2 * best + 1e-4)
@@ -51,32 +58,41 @@ def guess_rotation(backbone: nn.Module, attention: nn.Module, layer_type: str | 
         LookupError: It does not tell.
     """
     sources = list(_embeddings(backbone, attention, layer_type))
-    if not sources:
+    if not sources or not getattr(attention, ROTATES, True):
         return None
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
-        raise LookupError(f"the rotary code of {type(attention).__name__} is not where it can be read, and its weights are not here to try it")
-    pairs = 4
-    angles = torch.arange(1.0, pairs + 1)
-    row = torch.randn(1, 1, 1, 2 * pairs, generator=torch.Generator().manual_seed(0))
-    for style, laid_out in itertools.product(STYLES, (*STYLES, None)):
-        known = Rotation(_Known(angles, laid_out), style, laid_out)
-        try:
-            _, turned = apply(row, row, *known.source.cos_sin(torch.zeros(1, 1), row.dtype))
-        except (TypeError, RuntimeError):
-            continue
-        if _apart(known.remove(turned, torch.zeros(1, 1, 1)), row) <= 1e-4:
-            return Rotation(sources[0], style, laid_out)
+        raise LookupError(
+            f"the rotary code of {type(attention).__name__} is not where it can be read, and its weights are not here to try it"
+        )
+    # Models are made under a device of their own.
+    with torch.device("cpu"):
+        angles = torch.arange(1.0, 5.0)
+        row, nowhere = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, 1)
+        for style, laid_out in itertools.product(STYLES, (*STYLES, None)):
+            known = Rotation(_Known(angles, laid_out), style, laid_out)
+            try:
+                _, turned = apply(row, row, *known.source.cos_sin(nowhere[0], row.dtype))
+            except (TypeError, RuntimeError):
+                continue
+            if _apart(known.remove(turned, nowhere), row) <= 1e-4:
+                return Rotation(sources[0], style, laid_out)
     raise LookupError(f"the rotary code of {type(attention).__name__} turns its keys in no known style")
 
 
 class _Known:
     """A source of known angles."""
 
-    scaling = 1.0
+    scaling: float = 1.0
 
     def __init__(self, angles: Tensor, laid_out: str | None) -> None:
-        self.angles = angles if laid_out is None else torch.cat([angles] * 2) if laid_out == "half" else angles.repeat_interleave(2)
+        self.angles = (
+            angles
+            if laid_out is None
+            else torch.cat([angles] * 2)
+            if laid_out == "half"
+            else angles.repeat_interleave(2)
+        )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.angles.cos()[None, None], self.angles.sin()[None, None]
@@ -118,8 +134,12 @@ def _embeddings(backbone: nn.Module, attention: nn.Module, layer_type: str | Non
 
 def _rotary_dimensions(backbone: Any, attention: Any, head_dim: int) -> list[int]:
     """How many dimensions may turn."""
-    named = [getattr(owner, name, None) for owner in (attention, backbone.config) for name in ("rotary_dim", "rotary_ndims")]
-    return list(dict.fromkeys(int(value) for value in (*named, head_dim) if value and value <= head_dim and value % 2 == 0))
+    named = [
+        getattr(owner, name, None) for owner in (attention, backbone.config) for name in ("rotary_dim", "rotary_ndims")
+    ]
+    return list(
+        dict.fromkeys(int(value) for value in (*named, head_dim) if value and value <= head_dim and value % 2 == 0)
+    )
 
 
 def _bases(backbone: Any) -> list[float]:

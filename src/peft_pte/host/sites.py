@@ -18,7 +18,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..config import PTEConfig
 from ..method.layer import is_linear
 from ..method.rotary import Rotation
-from .compat import BLOCKS_IN_MASKS, CACHE_NAMES, FULL_ATTENTION, LAYER_NUMBERS, LENGTH_DEPENDENT_ROTATIONS, PER_TOKEN, POSITIONS_FROM_MASK, sharing_of
+from .compat import (
+    BLOCKS_IN_MASKS,
+    CACHE_NAMES,
+    FULL_ATTENTION,
+    LAYER_NUMBERS,
+    LENGTH_DEPENDENT_ROTATIONS,
+    PER_TOKEN,
+    POSITIONS_FROM_MASK,
+    sharing_of,
+)
 from .rotations import find_rotation, guess_rotation
 from .trial import Trial, has_numbers, try_out
 
@@ -55,7 +64,6 @@ class Site:
     """``"store"``: later layers read its keys and values. ``"reuse"``: it reads those of an earlier one."""
     token_axes: dict[str, int] = field(default_factory=lambda: dict(PER_TOKEN))
     """Inputs of the decoder layer that have a token axis, and which it is, counted from the last."""
-
 
     @property
     def borrows(self) -> bool:
@@ -136,11 +144,17 @@ def find_sites(model: PreTrainedModel) -> Sites:
             _check_tokens(model, site, layer)
     working = {id(site.attention) for site in sites.values()}
     idle = tuple(
-        f"{name}." for index, name, module, _ in found if index in sites and sites[index].evicts and id(module) not in working
+        f"{name}."
+        for index, name, module, _ in found
+        if index in sites and sites[index].evicts and id(module) not in working
     )
-    readers = frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
+    readers = (
+        frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
+    )
     parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
-    masked = trial is not None and any(layer in trial.masked for site, layer in zip(sites.values(), layers, strict=True) if site.evicts)
+    masked = trial is not None and any(
+        layer in trial.masked for site, layer in zip(sites.values(), layers, strict=True) if site.evicts
+    )
     return Sites(backbone, dict(sorted(sites.items())), readers, idle, masked, any(parts))
 
 
@@ -148,7 +162,9 @@ def _attentions(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module, s
     """Modules that know their layer of the cache and take one, innermost ones: index, name, module, decoder layer."""
     found: list[tuple[int, str, nn.Module]] = []
     for name, module in model.named_modules():
-        index = next((value for number in LAYER_NUMBERS if isinstance(value := getattr(module, number, None), int)), None)
+        index = next(
+            (value for number in LAYER_NUMBERS if isinstance(value := getattr(module, number, None), int)), None
+        )
         if index is None or isinstance(module, BaseTunerLayer):
             continue
         if any(known in inspect.signature(type(module).forward).parameters for known in CACHE_NAMES):
@@ -260,7 +276,7 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
         )
     if config.eviction != "sliding_window" and any(site.borrows for site in sites.by_index.values()):
         raise NotImplementedError(
-            f"`eviction` must be \"sliding_window\" for {type(model).__name__}, got {config.eviction!r}: some of its layers read the keys and "
+            f'`eviction` must be "sliding_window" for {type(model).__name__}, got {config.eviction!r}: some of its layers read the keys and '
             "values of others, and would have to know what each head of those has given up."
         )
     for name in _rope_types(text_config):
@@ -275,7 +291,12 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
 def settle_rotation(sites: Sites, config: PTEConfig) -> None:
     """Take ``key_rotation="kept"``, with a warning, where the rotation of keys cannot be undone."""
     reason = next((site.unknown_rotation for site in sites.by_index.values() if site.unknown_rotation), None)
-    if reason is None or config.key_rotation == "kept" or config.cache_window is None or config.state_update != "progressive":
+    if (
+        reason is None
+        or config.key_rotation == "kept"
+        or config.cache_window is None
+        or config.state_update != "progressive"
+    ):
         return
     config.key_rotation = "kept"
     warnings.warn(
@@ -348,7 +369,9 @@ def why_not(model: nn.Module, name: str, module: nn.Module, sites: Sites) -> str
     """Why a linear is no default target; ``None``: it is, since it computes features of the tokens that it is called with."""
     parent, _, last = name.rpartition(".")
     owner = type(model.get_submodule(parent))
-    if any(word in type(module).__name__ for word in _ROUTERS) or any(word in owner.__name__ for word in _ROUTERS_OWNERS):
+    if any(word in type(module).__name__ for word in _ROUTERS) or any(
+        word in owner.__name__ for word in _ROUTERS_OWNERS
+    ):
         return "chooses experts"
     if name in sites.readers:
         return "reads what is cached, so no token's state is its own"
@@ -422,10 +445,11 @@ def _widths(attention: Any, backbone: Any) -> tuple[int, int]:
     latent = getattr(attention, "kv_lora_rank", None)
     if latent is not None:
         return int(latent), int(attention.qk_rope_head_dim)
-    projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
-    if isinstance(projections[0], nn.Linear):
-        key, value = projections[0], projections[1] if isinstance(projections[1], nn.Linear) else projections[0]
-        return key.out_features, value.out_features
+    key = getattr(attention, "k_proj", None)
+    if isinstance(key, nn.Linear):
+        # Some layers cache their keys as values too.
+        value = getattr(attention, "v_proj", None)
+        return key.out_features, value.out_features if isinstance(value, nn.Linear) else key.out_features
     config = getattr(attention, "config", backbone.config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -6,6 +6,7 @@ positions, so that it can be tried alone (:mod:`peft_pte.host.rotations`) with w
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -198,8 +199,8 @@ def _read(seen: list[_Notes]) -> Trial:
     writers: dict[int, nn.Module] = {}
     for index, (module, args, kwargs) in first.calls.items():
         _, there_args, there_kwargs = second.calls[index]
-        here = _written(module, _named(module, args, kwargs))
-        # The same hidden vector with all else as it was at the other position.
+        here = _written(module, {**_named(module, args, kwargs), **_hidden(module, args, kwargs)})
+        # The same hidden vectors with all else as it was at the other position.
         swapped = {**_named(module, there_args, there_kwargs), **_hidden(module, args, kwargs)}
         there = _written(module, swapped)
         if here is None or there is None:
@@ -215,13 +216,15 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The first argument, which is the hidden vectors whatever it is called."""
+    """Random numbers as the first argument, which is the hidden vectors whatever it is called."""
     name = next(iter(inspect.signature(module.forward).parameters))
-    return {name: args[0] if args else kwargs[name]}
+    like = args[0] if args else kwargs[name]
+    return {name: torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)}
 
 
 def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
-    """What ``module`` hands to its cache; ``None``: nothing."""
+    """What ``module``, or one like it, hands to its cache; ``None``: nothing."""
+    module = _stand_in(module)
     caught = _Caught(next((value for value in arguments.values() if isinstance(value, Cache)), None))
     named = {name: caught if isinstance(value, Cache) else value for name, value in arguments.items()}
     try:
@@ -233,6 +236,27 @@ def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return None
     return None
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """``module`` itself, or with several processes one with random weights: some hosts load weights in the first process alone,
+    and all have to find the same.
+    """
+    parameters = list(module.parameters())
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    empty = any(not bool(part.any()) for part in parameters if part.ndim == 2 and part.is_floating_point())
+    if not (several or empty) or not all(part.is_floating_point() for part in parameters):
+        return module
+    twin = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    for part in twin.parameters():
+        numbers = (
+            torch.randn(part.shape, generator=generator) / part.shape[-1] ** 0.5
+            if part.ndim > 1
+            else torch.rand(part.shape, generator=generator) + 0.5
+        )
+        part.data = numbers.to(part)
+    return twin
 
 
 @contextmanager

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.compress import rotate
+
+
+class Source(Protocol):
+    """What makes the cosines and sines of a rotation."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor that they carry."""
+
+    def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``[N, T, n]``, of each dimension or of each pair, at ``positions [N, T]``."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,9 @@ class Embedding:
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As the module makes them, at ``positions [N, T]``: ``[N, T, n]``, of each dimension or of each pair."""
         like = torch.empty(0, dtype=dtype, device=positions.device)
-        made = self.module(like, positions) if self.layer_type is None else self.module(like, positions, self.layer_type)
+        made = (
+            self.module(like, positions) if self.layer_type is None else self.module(like, positions, self.layer_type)
+        )
         if isinstance(made, Tensor):
             return made.real.to(dtype), made.imag.to(dtype)
         cos, sin = made
@@ -63,7 +77,7 @@ class Frequencies:
 class Rotation:
     """How a layer turns the heads that it caches."""
 
-    source: Embedding | Frequencies
+    source: Source
     style: str
     """Which of the ``2 n`` dimensions that turn are a pair: ``"half"`` (``i`` and ``i + n``) or ``"interleaved"`` (``2 i`` and ``2 i + 1``)."""
     laid_out: str | None = None

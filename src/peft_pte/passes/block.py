@@ -197,7 +197,7 @@ def _in_chunks(cache: PTECache, layer: _Layer, arguments: dict[str, Any]) -> Any
         content.frozen = this.functional
     run = _whole if not bounded else _chunk if this.step is None else _token
     shows = run is _chunk and layer.site.sharing == "store"
-    if shows:
+    if shows and isinstance(content, ThoughtLayer):
         content.show()
     outputs: list[Any] = []
     for number in range(len(this.work) if run is _chunk else 1):
@@ -217,9 +217,7 @@ def _in_chunks(cache: PTECache, layer: _Layer, arguments: dict[str, Any]) -> Any
     return _join(outputs, layer)
 
 
-def _chunk(
-    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
-) -> tuple[Any, PTECache]:
+def _chunk(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]) -> tuple[Any, PTECache]:
     index = layer.site.index
     work, encoder = this.work[number], this.encoders.get(index)
     chunk, content = work.chunk, cast(ThoughtLayer, held.layers[index])
@@ -251,9 +249,7 @@ def _chunk(
     return output, held
 
 
-def _token(
-    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
-) -> tuple[Any, PTECache]:
+def _token(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]) -> tuple[Any, PTECache]:
     index = layer.site.index
     step, encoder = cast(Step, this.step), this.encoders.get(index)
     content, state = cast(ThoughtLayer, held.layers[index]), _state(this, index, held)
@@ -289,9 +285,7 @@ def _attend(layer: _Layer, held: PTECache, reading: Reading | None, arguments: d
         return layer.host(arguments)
 
 
-def _whole(
-    this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]
-) -> tuple[Any, PTECache]:
+def _whole(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]) -> tuple[Any, PTECache]:
     """A layer that evicts nothing: all tokens at once, on what it keeps itself, as its host calls it."""
     encoder = this.encoders.get(layer.site.index)
     if layer.site.borrows and this.bounds:

@@ -118,7 +118,9 @@ class ChunkMasks:
         if kind in ("eager", "sdpa") and visible is not None:
             # Of numbers, or each layer would make them of the truth values again.
             nothing = torch.zeros((), dtype=self.dtype, device=device)
-            return torch.where(visible[:, None, None], nothing, nothing + torch.finfo(self.dtype).min).expand(rows, -1, -1, -1)
+            return torch.where(visible[:, None, None], nothing, nothing + torch.finfo(self.dtype).min).expand(
+                rows, -1, -1, -1
+            )
         visible = visible if visible is None or visible.shape[0] == rows else visible.expand(rows, -1)
         made = self._make(1 if visible is None else rows, 1, device, slots - 1, visible, None)
         return made.expand(rows, -1, -1, -1) if isinstance(made, Tensor) else made

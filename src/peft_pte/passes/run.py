@@ -268,7 +268,9 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
         recompute=run.recompute,
         keep=plan.stop == run.keep,
         bounds=run.turn is not None,
-        mask=_mask_of_all(run, run.turn, run.rows, plan) if seam.borrows and run.turn is not None and run.rows is not None else None,
+        mask=_mask_of_all(run, run.turn, run.rows, plan)
+        if seam.borrows and run.turn is not None and run.rows is not None
+        else None,
     )
     arguments = {
         **{name: rows[:, part] for name, rows in run.tokens.items()},

@@ -161,7 +161,11 @@ class PTEModel(BaseTuner):
         found = left_out(self.model, seam.found)
         if not found:
             return
-        inside = (parameter.numel() for name, parameter in self.model.named_parameters() if site_of(seam.found, name) and ".pte_" not in name)
+        inside = (
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if site_of(seam.found, name) and ".pte_" not in name
+        )
         share = sum(part.parameters for part in found.values()) / max(1, sum(inside))
         names = "; ".join(f"`{name}` ({part.reason})" for name, part in found.items())
         warnings.warn(
@@ -226,7 +230,9 @@ class PTEModel(BaseTuner):
         for index, rank in self._ranks.items():
             site = seam.sites[index]
             if not hasattr(site.attention, CHILD_NAME):
-                encoder = PTEEncoder(site.attention, (site.key_width, site.value_width), (site.key_rotation, site.value_rotation))
+                encoder = PTEEncoder(
+                    site.attention, (site.key_width, site.value_width), (site.key_rotation, site.value_rotation)
+                )
                 encoder._active_adapter = self.active_adapters
                 site.attention.add_module(CHILD_NAME, encoder)
             encoder = seam.encoder(index)
