@@ -55,7 +55,7 @@ class VariantEncoder(PTEEncoder):
             return super().forward(adapter_name, state, evicted, times)
         if evicted.valid is not None:
             raise NotImplementedError("`variants` take traces without padding, got a mask. Leave the mask out.")
-        keys, values, rotation = evicted.keys, evicted.values, self.applied_rotation(adapter_name)
+        keys, values, (rotation, _) = evicted.keys, evicted.values, self.applied_rotations(adapter_name)
         if rotation is not None:
             keys = rotation.remove(keys, evicted.positions)
         query, key_projection, value_projection = self.projections(adapter_name)
