@@ -13,8 +13,6 @@ from transformers import (
     GPT2LMHeadModel,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -130,8 +128,6 @@ MODELS = {
     # One key head for all query heads.
     "gpt_bigcode": (
         GPTBigCodeForCausalLM,
-        GPTJConfig,
-        GPTJForCausalLM,
         GPTBigCodeConfig,
         {
             **COMMON,
@@ -161,8 +157,6 @@ MODELS = {
     # Sliding attention beside full attention.
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**FULL_AND_SLIDING, "query_pre_attn_scalar": 8}),
-}
-MODELS |= {
     # A latent and a rotated part in place of keys and values, of two widths.
     "deepseek_v3": (
         DeepseekV3ForCausalLM,
@@ -176,22 +170,6 @@ MODELS |= {
             "qk_nope_head_dim": 4,
             "v_head_dim": 8,
             "first_k_dense_replace": 3,
-        },
-    ),
-    # Rotation inside the attention.
-    "gptj": (
-        GPTJForCausalLM,
-        GPTJConfig,
-        {
-            **COMMON,
-            "n_embd": 32,
-            "n_layer": 3,
-            "n_head": 4,
-            "rotary_dim": 4,
-            "n_positions": 512,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
         },
     ),
 }

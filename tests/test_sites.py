@@ -27,9 +27,12 @@ def bounded(model):
     return [site for site in find_sites(model).by_index.values() if site.evicts]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - set(UNROTATED)))
+@pytest.mark.parametrize(
+    "name", [*sorted(set(MODELS) - set(UNROTATED)), "gptj", "codegen", "llama4", "gpt_oss", "roformer"]
+)
 def test_what_is_removed_makes_keys_equal_at_all_positions(name):
-    model = make_base(name)
+    # Inside the attention, by complex numbers, by half of the cosines: whatever a model calls it.
+    model = make_base(name) if name in MODELS else tiny_model(name)
     sites = bounded(model)
     backbone = find_sites(model).backbone
     trial = try_out(backbone, {site.index: [site.attention] for site in sites}, [])
@@ -48,11 +51,12 @@ def test_what_is_removed_makes_keys_equal_at_all_positions(name):
             ]
             # Cosines of a thousand radians are good to 1e-4 in float32.
             assert_close(plain[0], plain[1], scale=20)
-            assert_close(plain[0].norm(), heads[0].norm())
+            if rotation.source.scaling == 1.0:
+                assert_close(plain[0].norm(), heads[0].norm())
     assert turned
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - set(UNROTATED) - {"gptj", "deepseek_v3"}))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - set(UNROTATED) - {"deepseek_v3"}))
 def test_structure_tells_the_same_where_there_are_no_numbers(name):
     model = make_base(name)
     found = find_sites(model)
@@ -61,10 +65,10 @@ def test_structure_tells_the_same_where_there_are_no_numbers(name):
             assert guess_rotation(found.backbone, site.attention, site.layer_type) == site.key_rotation
 
 
-@pytest.mark.parametrize("name", ["llama", "glm", "deepseek_v3", "gptj", "smollm3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "glm", "deepseek_v3", "gptj", "llama4", "gpt_oss", "smollm3", "gpt2"])
 def test_weights_of_zeros_tell_the_same(name):
     # As the processes beside the first hold while a model is loaded for sharding.
-    model = make_base(name)
+    model = make_base(name) if name in MODELS else tiny_model(name)
     expected = [(site.key_width, site.value_width, site.key_rotation, site.value_rotation) for site in bounded(model)]
     for parameter in model.parameters():
         parameter.data.zero_()

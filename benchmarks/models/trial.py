@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 """Of the largest logit, in float32, beside four times what the base model's own decoding differs from its own forward."""
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A number is not what it has to be."""
 
 
@@ -142,7 +142,7 @@ def try_type(kind: str, **fields: Any) -> Outcome:
             outcome.verdict, outcome.reason = "refused", _line(error)
             if "cache_window=None" in outcome.reason:
                 _try_remedy(kind, outcome)
-        except Wrong as error:
+        except WrongError as error:
             outcome.verdict, outcome.reason = "wrong", _line(error)
         except Exception as error:
             if outcome.lora != "works":
@@ -203,7 +203,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         model.peft_config["default"].cache_window = WINDOW
         outcome.error = error = difference(score(model, batch), made["logits"])
         if not error <= TOLERANCE + 4 * own:
-            raise Wrong(
+            raise WrongError(
                 f"scored logits differ from the rollout's by {error:.1e} of the largest; without a window by {own:.1e}"
             )
 
@@ -213,7 +213,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         unbounded = difference(score(model, made["batch"]), made["logits"])
         model.peft_config["default"].cache_window = WINDOW
         if not unbounded > max(1e-3, 10 * outcome.error):
-            raise Wrong(f"the window makes no difference to logits ({unbounded:.1e})")
+            raise WrongError(f"the window makes no difference to logits ({unbounded:.1e})")
 
     def fresh() -> None:
         model = adapted(init_weights=True)
@@ -223,7 +223,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
             wanted = score(model, batch)
         error = difference(score(model, batch), wanted)
         if not error <= TOLERANCE:
-            raise Wrong(f"a fresh adapter within its window differs from the base model by {error:.1e}")
+            raise WrongError(f"a fresh adapter within its window differs from the base model by {error:.1e}")
 
     def backward() -> None:
         model, batch = made["model"].train(), made["batch"]
@@ -232,7 +232,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         still = [name for name, grad in expected.items() if not float(grad.abs().max()) > 0]
         still = [name for name in still if ".experts." not in name and name.partition(".pte_")[0] not in outcome.still]
         if still:
-            raise Wrong(f"{len(still)} of {len(expected)} parameters get no gradient, `{still[0]}` is the first")
+            raise WrongError(f"{len(still)} of {len(expected)} parameters get no gradient, `{still[0]}` is the first")
         if not model.get_base_model().supports_gradient_checkpointing:
             return
         model.gradient_checkpointing_enable()
@@ -242,7 +242,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         model.gradient_checkpointing_disable()
         model.eval()
         if not error <= 10 * TOLERANCE:
-            raise Wrong(f"gradients with checkpointing differ by {error:.1e} of the largest")
+            raise WrongError(f"gradients with checkpointing differ by {error:.1e} of the largest")
 
     def static() -> None:
         try:
@@ -252,7 +252,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
             return
         error = difference(logits, made["logits"])
         if not error <= TOLERANCE:
-            raise Wrong(f"the static form differs by {error:.1e}")
+            raise WrongError(f"the static form differs by {error:.1e}")
 
     def saving() -> None:
         wanted = score(made["model"], made["batch"])
@@ -262,7 +262,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
             loaded = PeftModel.from_pretrained(tiny_model(kind), folder).eval()
         error = difference(score(loaded, made["batch"]), wanted)
         if not error <= TOLERANCE:
-            raise Wrong(f"a saved adapter scores otherwise when loaded, by {error:.1e}")
+            raise WrongError(f"a saved adapter scores otherwise when loaded, by {error:.1e}")
 
     yield "injection", inject
     yield "generation", generation

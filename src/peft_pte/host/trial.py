@@ -164,8 +164,8 @@ class _Notes:
         """Within the block, notes are taken."""
         hooks = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self.layers]
         for index, modules in self.attentions.items():
-            for module in modules:
-                hooks.append(module.register_forward_pre_hook(self._note(index), with_kwargs=True))
+            note = self._note(index)
+            hooks.extend(module.register_forward_pre_hook(note, with_kwargs=True) for module in modules)
         for name, module in self.backbone.named_modules():
             if is_linear(module):
                 hooks.append(module.register_forward_pre_hook(self._count(name)))

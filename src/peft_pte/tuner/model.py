@@ -15,17 +15,8 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
-from ..host.sites import (
-    LeftOut,
-    Site,
-    Sites,
-    check_config,
-    default_targets,
-    left_out,
-    settle_rotation,
-    site_of,
-    why_not,
-)
+from ..host.sites import Site, Sites, check_config, settle_rotation, site_of
+from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam
