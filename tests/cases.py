@@ -166,7 +166,7 @@ MODELS = {
             "num_key_value_heads": 4,
             "q_lora_rank": 8,
             "kv_lora_rank": 12,
-            "qk_rope_head_dim": 4,
+            "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 4,
             "v_head_dim": 8,
             "first_k_dense_replace": 3,

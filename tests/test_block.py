@@ -235,10 +235,13 @@ def test_nothing_of_a_pass_outlives_its_backward(checkpointing):
         model.gradient_checkpointing_enable()
     gradients(model, batch)
     gc.collect()
+    # A test that failed before keeps what it held.
+    before = {id(part) for part in gc.get_objects() if isinstance(part, (Pass, PTECache))}
     gc.disable()
     try:
         gradients(model, batch)
-        alive = [type(part).__name__ for part in gc.get_objects() if isinstance(part, (Pass, PTECache))]
+        parts = [part for part in gc.get_objects() if isinstance(part, (Pass, PTECache))]
+        alive = [type(part).__name__ for part in parts if id(part) not in before]
     finally:
         gc.enable()
     assert not alive

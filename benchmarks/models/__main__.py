@@ -46,6 +46,9 @@ def main() -> None:
         known[kind] = outcome.to_dict()
         with chosen.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(known[kind]) + "\n")
+    # In order, and once.
+    lines = [json.dumps(known[kind]) for kind in config_types() if kind in known]
+    chosen.results.write_text("\n".join(lines) + "\n", encoding="utf-8")
     chosen.document.write_text(render(known), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
 import traceback
 import warnings
@@ -275,7 +276,9 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600]
+    text = " ".join(str(error).split())[:600]
+    # Sets come in any order.
+    return re.sub(r"\{('[^{}]*')\}", lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
 
 
 @contextmanager
