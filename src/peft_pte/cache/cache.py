@@ -205,10 +205,13 @@ class PTECache(Cache):
         for _, layer in self.thought_layers:
             layer.seen = columns
 
-    def show_columns(self, new: int) -> None:
-        """Let masks that a model around the backbone makes for ``new`` columns be over all that were seen: it may look for images in them."""
+    def show_columns(self, new: int | None) -> None:
+        """Let masks that a model around the backbone makes for ``new`` columns be over all that were seen: it may look for images in them.
+
+        ``None``: what is made now is not looked at.
+        """
         for _, layer in self.thought_layers:
-            layer.mask_columns = layer.seen + new
+            layer.mask_columns = 1 if new is None else layer.seen + new
 
     def unroll(self) -> int:
         """Let what stands in slots be columns; returns how many of them are thoughts."""

@@ -58,6 +58,8 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
     generation = seam.generation(call.cache)
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
+        if outer is not None:
+            call.cache.show_columns(None)
         check_continuation(call, generation)
     begins = generation is not None and not generation.started
     if begins:
