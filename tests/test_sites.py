@@ -265,3 +265,11 @@ def test_pte_equals_itself_whatever_the_targets_are_called():
     batch = roll_out(model, make_prompts(), 2 * WINDOW).truncated(2 * WINDOW)
     with torch.no_grad():
         assert_close(thought_logits(other, batch), thought_logits(model, batch))
+
+
+def test_a_window_that_comes_later_reads_no_rotated_keys_in_silence(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotation_that_is_not_one)
+    with pytest.warns(UserWarning, match='`key_rotation` is "kept"'):
+        model = get_peft_model(make_base("llama"), PTEConfig(task_type="CAUSAL_LM", **{**SMALL, "cache_window": None}))
+    model.peft_config["default"].cache_window = WINDOW
+    assert model.peft_config["default"].key_rotation == "kept"

@@ -59,6 +59,8 @@ class Seam:
         self.found = find_sites(model)
         self.backbone: Any = self.found.backbone
         self.counts_columns = counts_columns(self.backbone)
+        # Whether the model takes no positions where its backbone does.
+        self.keeps_positions = not self.counts_columns and counts_columns(model)
         self.wrappers = _wrappers(model, self.backbone)
         self.checkpointable: list[Any] = [
             module for module in self.backbone.modules() if hasattr(module, "gradient_checkpointing")
@@ -283,9 +285,10 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterCall:
     """What a model around the backbone was called with, which it may not hand on as it got it."""
 
+    model: nn.Module
     ids: Tensor | None
     mask: Any
     positions: Tensor | None
@@ -296,7 +299,7 @@ class Calls(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[PromptSpec] = []
-        self.outer: list[Outer] = []
+        self.outer: list[OuterCall] = []
         self.generations: list[Generation] = []
 
     def take(self) -> PromptSpec:

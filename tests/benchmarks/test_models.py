@@ -43,6 +43,7 @@ SPREAD = [
     "minicpm3",
     "ministral",
     "modernbert-decoder",
+    "moss_transcribe_diarize",
     "nanochat",
     "nemotron_h",
     "olmo_hybrid",

@@ -164,3 +164,22 @@ def test_images_in_prompts_that_end_apart_are_refused():
     labels[0, :9] = labels[1, :8] = -100
     with pytest.raises(NotImplementedError, match="Tokens that see later ones"):
         model(**prompts, labels=labels)
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+def test_through_the_models_inside(images):
+    # As trainers with a fused head call it: the model below the causal LM, which hands on what it was not given.
+    prompts = make_prompts(images)
+    prompts["input_ids"][1, 9:11] = prompts["input_ids"][0, 9:11]
+    model = make_model(prompt_end=prompts["input_ids"][0, 9:11].tolist())
+    rollout = roll_out(model, prompts, THOUGHTS)
+    batch = scoring_batch(rollout, prompts, THOUGHTS)
+    del batch["labels"]
+    host = model.get_base_model()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        hidden = host.model(**batch, use_cache=False).last_hidden_state
+    real = batch["attention_mask"].bool()
+    assert_close(host.lm_head(hidden)[real], expected[real])
+    width = prompts["input_ids"].shape[1]
+    assert_close(expected[:, width - 1 : -1], rollout.logits)

@@ -106,6 +106,8 @@ class PTECache(Cache):
         self.slot_positions: Tensor | None = None
         self.interrupted = False
         self.running: Any = None
+        # Of the masks that a model around the backbone makes, while it does.
+        self.mask_columns: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -205,13 +207,11 @@ class PTECache(Cache):
         for _, layer in self.thought_layers:
             layer.seen = columns
 
-    def show_columns(self, new: int | None) -> None:
-        """Let masks that a model around the backbone makes for ``new`` columns be over all that were seen: it may look for images in them.
-
-        ``None``: what is made now is not looked at.
-        """
-        for _, layer in self.thought_layers:
-            layer.mask_columns = 1 if new is None else layer.seen + new
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of a mask that the host makes, and the first of them; of bounded layers one, unless images are looked for in it."""
+        if self.mask_columns is not None and isinstance(self.layers[layer_idx], ThoughtLayer):
+            return self.mask_columns, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def unroll(self) -> int:
         """Let what stands in slots be columns; returns how many of them are thoughts."""

@@ -178,7 +178,6 @@ class ThoughtLayer(CacheLayerMixin):
         self.written: list[KeyValue] | None = None
         # Whether what stands in slots is to stay what it is, for a backward pass.
         self.frozen = False
-        self.mask_columns = 1
         self.seen = 0
         self.seen_tensor: Tensor | None = None
 
@@ -463,8 +462,8 @@ class ThoughtLayer(CacheLayerMixin):
             self.column_positions = function(self.column_positions)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """One slot: the masks of bounded layers are made chunk by chunk, and of what the host makes only images are looked at."""
-        return self.mask_columns, 0
+        """One slot: the masks of bounded layers are made chunk by chunk, and what the host makes for them is not used."""
+        return 1, 0
 
     def get_seq_length(self) -> Any:
         """Tokens seen, evicted ones and padding included; a tensor where a tracer asks."""

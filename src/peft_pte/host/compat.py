@@ -53,6 +53,11 @@ MASKS_METHOD = "create_masks_for_generate"
 LOADER_METHOD = "_load_pretrained_model"
 
 
+def counts_its_cache(config: Any) -> bool:
+    """Whether attention layers mask by the columns of their cache, whatever mask they get (local attention of GPT-Neo, 5.17 to 5.23)."""
+    return "local" in (getattr(config, "attention_layers", None) or ())
+
+
 def sharing_of(config: Any, index: int) -> str | None:
     """Whether a layer's keys and values are read by later layers, ``"store"``, or it reads those of one, ``"reuse"`` (5.23)."""
     modes = getattr(config, "kv_sharing_modes", None)

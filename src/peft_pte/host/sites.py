@@ -24,6 +24,7 @@ from .compat import (
     LENGTH_DEPENDENT_ROTATIONS,
     PER_TOKEN,
     POSITIONS_FROM_MASK,
+    counts_its_cache,
     sharing_of,
 )
 from .rotations import find_rotation, guess_rotation
@@ -229,8 +230,8 @@ def _measure(model: PreTrainedModel, backbone: PreTrainedModel, site: Site, tria
     if cached is None or any(part.ndim != 4 for part in (*cached.keys, *cached.values)):
         raise NotImplementedError(
             f"`{site.attention_name}` of {type(model).__name__} ({type(site.attention).__name__}) hands no keys and values "
-            "[B, heads, T, head_dim] to the layer of the cache that it is numbered for, so it is not known what leaves it. Use LoRA for "
-            "this model."
+            f"[B, heads, T, head_dim] to the layer of the cache that it is numbered for ({trial.failed.get(site.index, 'text does not reach it')}), "
+            "so it is not known what leaves it. Use LoRA for this model."
         )
     site.attention = trial.writers[site.index]
     site.attention_name = next(name for name, module in model.named_modules() if module is site.attention)
@@ -281,15 +282,10 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
             )
 
 
-def settle_rotation(sites: Sites, config: PTEConfig) -> None:
+def keep_unknown_rotation(sites: Sites, config: PTEConfig) -> None:
     """Take ``key_rotation="kept"``, with a warning, where the rotation of keys cannot be undone."""
     reason = next((site.unknown_rotation for site in sites.by_index.values() if site.unknown_rotation), None)
-    if (
-        reason is None
-        or config.key_rotation == "kept"
-        or config.cache_window is None
-        or config.state_update != "progressive"
-    ):
+    if reason is None or config.key_rotation == "kept" or config.state_update != "progressive":
         return
     config.key_rotation = "kept"
     warnings.warn(
@@ -316,7 +312,7 @@ def _refuse_architecture(model: PreTrainedModel, config: Any) -> None:
         raise NotImplementedError(
             f"{kind} lets tokens of an image see each other by masks of its own, made over a cache that grows. Use LoRA for this model."
         )
-    if "local" in (getattr(config, "attention_layers", None) or ()):
+    if counts_its_cache(config):
         raise NotImplementedError(
             f"{kind} has local attention that counts the columns of its cache itself, so tokens would move when others are evicted. Use "
             "LoRA for this model."

@@ -1,7 +1,7 @@
 """What attention layers cache, and which linears read it: found by letting the model read a few tokens.
 
-A model of one row reads a few tokens and then one more. What each attention layer is called with for that token is kept, at two different
-positions, so that it can be tried alone (:mod:`peft_pte.host.rotations`) with whatever arguments it takes.
+A model reads a few tokens and then single ones, at two different positions. What each attention layer is called with for those is kept,
+so that it can be tried alone (:mod:`peft_pte.host.rotations`) with whatever arguments it takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,10 +20,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..method.layer import is_linear
 
-# Tokens before the one that is looked at, in two runs of a model that counts its positions itself.
-_BEFORE = (3, 10)
-# The positions of that token, in two runs of a model that is told; the last one it has, if that is less.
-_POSITIONS = (3, 1000)
+# Tokens that are read at once.
+_FEW = 3
+# A position far off, for a model that is told of positions; the last one it has, if that is less.
+_FAR = 1000
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Trial:
     """By layer of the cache."""
     writers: dict[int, nn.Module]
     """Who writes to it."""
+    failed: dict[int, str]
+    """Why nothing was written, by layer of the cache."""
     readers: frozenset[str]
     """Names of linears below the backbone that read what is cached, so more than the tokens of the call."""
     token_axes: dict[nn.Module, dict[str, int]]
@@ -90,40 +92,41 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]], l
     Raises:
         NotImplementedError: It does not run on a cache of transformers' own classes.
     """
-    vocabulary = backbone.get_input_embeddings()
-    device = next(vocabulary.parameters()).device
-    told = not counts_columns(backbone)
-    last = _last_position(backbone)
-    seen: list[_Notes] = []
+    device = next(backbone.get_input_embeddings().parameters()).device
+    told, config = not counts_columns(backbone), cast(Any, backbone.config)
+    cache = DynamicCache(config=config)
+
+    def read(tokens: int, position: int, notes: _Notes) -> _Notes:
+        where = torch.arange(position, position + tokens, device=device)[None]
+        with notes.taken():
+            backbone(
+                input_ids=torch.arange(2, tokens + 2, device=device)[None],
+                past_key_values=cache,
+                use_cache=True,
+                **({"position_ids": where} if told else {}),
+            )
+        notes.position = position
+        return notes
+
     with _undisturbed(backbone):
-        for number, before in enumerate(_BEFORE):
-            before = _BEFORE[0] if told else before
-            position = min(_POSITIONS[number], last) if told else before
-            ids = torch.arange(2, before + 3, device=device)[None]
-            config: Any = backbone.config
-            cache = DynamicCache(config=config)
-            notes, prefill = _Notes(backbone, attentions, layers), _Notes(backbone, {}, layers)
-            arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-            try:
-                with prefill.taken():
-                    where = {"position_ids": torch.arange(before, device=device)[None]} if told else {}
-                    backbone(input_ids=ids[:, :-1], **arguments, **where)
-                with notes.taken():
-                    where = {"position_ids": torch.tensor([[position]], device=device)} if told else {}
-                    backbone(input_ids=ids[:, -1:], **arguments, **where)
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-                raise NotImplementedError(
-                    f"{type(backbone).__name__} cannot be run on transformers' DynamicCache, whose layers PTE bounds "
-                    f"({type(error).__name__}: {error}). Use LoRA for this model."
-                ) from error
-            notes.position = position
-            seen.append(notes)
+        try:
+            prefill = read(_FEW, 0, _Notes(backbone, {}, layers))
+            seen = [read(1, _FEW, _Notes(backbone, attentions, layers))]
+            if not told:
+                read(_FEW, _FEW + 1, _Notes(backbone, {}, []))
+            far = min(_FAR, _last_position(backbone)) if told else 2 * _FEW + 1
+            seen.append(read(1, far, _Notes(backbone, attentions, layers)))
+        except Exception as error:  # Whatever the host raises, this model cannot be tried; the cause is handed on.
+            raise NotImplementedError(
+                f"{type(backbone).__name__} cannot be run on transformers' DynamicCache, whose layers PTE bounds "
+                f"({type(error).__name__}: {error}). Use LoRA for this model."
+            ) from error
         trial = _read(seen)
     for layer in layers:
-        if layer in notes.inputs and layer in prefill.inputs:
+        if layer in seen[0].inputs and layer in prefill.inputs:
             if prefill.inputs[layer].get("attention_mask") is not None:
                 trial.masked.add(layer)
-            trial.token_axes[layer] = _token_axes(prefill.inputs[layer], notes.inputs[layer], before)
+            trial.token_axes[layer] = _token_axes(prefill.inputs[layer], seen[0].inputs[layer], _FEW)
     return trial
 
 
@@ -197,17 +200,22 @@ def _read(seen: list[_Notes]) -> Trial:
     first, second = seen
     cached: dict[int, Cached] = {}
     writers: dict[int, nn.Module] = {}
+    failed: dict[int, str] = {}
     for index, (module, args, kwargs) in first.calls.items():
         _, there_args, there_kwargs = second.calls[index]
-        here = _written(module, {**_named(module, args, kwargs), **_hidden(module, args, kwargs)})
-        # The same hidden vectors with all else as it was at the other position.
-        swapped = {**_named(module, there_args, there_kwargs), **_hidden(module, args, kwargs)}
-        there = _written(module, swapped)
-        if here is None or there is None:
+        # The same hidden vectors, with all else as it was at either position.
+        hidden, alike = _hidden(module, args, kwargs), _stand_in(module)
+        try:
+            here, there = (
+                _written(alike, {**_named(module, *given), **hidden})
+                for given in ((args, kwargs), (there_args, there_kwargs))
+            )
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            failed[index] = f"{type(error).__name__}: {error}"
             continue
         writers[index] = module
         cached[index] = Cached((here.keys, there.keys), (here.values, there.values), (first.position, second.position))
-    return Trial(cached, writers, frozenset(first.readers & second.readers), {}, set())
+    return Trial(cached, writers, failed, frozenset(first.readers & second.readers), {}, set())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -222,9 +230,12 @@ def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return {name: torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)}
 
 
-def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
-    """What ``module``, or one like it, hands to its cache; ``None``: nothing."""
-    module = _stand_in(module)
+def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught:
+    """What ``module`` hands to its cache.
+
+    Raises:
+        RuntimeError: Nothing.
+    """
     caught = _Caught(next((value for value in arguments.values() if isinstance(value, Cache)), None))
     named = {name: caught if isinstance(value, Cache) else value for name, value in arguments.items()}
     try:
@@ -233,9 +244,7 @@ def _written(module: nn.Module, arguments: dict[str, Any]) -> _Caught | None:
         wide = torch.float64 if caught.keys.dtype == torch.float64 else torch.float32
         caught.keys, caught.values = caught.keys.to(wide), caught.values.to(wide)
         return caught
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return None
-    return None
+    raise RuntimeError("it runs without a cache")
 
 
 def _stand_in(module: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cache.cache import PTECache
 from ..cache.rows import Rows
 from ..host.compat import COLUMNS, FULL_ATTENTION, UNUSED
-from ..seam import Generation, Outer, Seam
+from ..seam import Generation, OuterCall, Seam
 from .boundary import Columns
 from .layout import Layout
 
@@ -71,7 +71,7 @@ class Call:
         return Columns(self.ids, mask, self.shape, self.device, self.seen)
 
 
-def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: Outer | None) -> Call:
+def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | None) -> Call:
     """Sort what the backbone was called with, by a model around it if there is an ``outer`` call.
 
     Raises:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..cache.cache import PTECache, check_cache
 from ..cache.rows import Rows
 from ..method.state import Departing
-from ..seam import Generation, Outer, Seam
+from ..seam import Generation, OuterCall, Seam
 from .block import Pass, Work, running
 from .boundary import OpenPrompt, PromptEnds, PromptSpec
 from .call import (
@@ -46,7 +46,7 @@ from .token import run_token
 from .turn import Turn
 
 
-def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec, outer: Outer | None = None) -> Any:
+def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec, outer: OuterCall | None = None) -> Any:
     """The forward of an adapted backbone, called by a model around it if there is an ``outer`` call; what a caller sees is what the backbone itself returns.
 
     Raises:
@@ -59,7 +59,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
         if outer is not None:
-            call.cache.show_columns(None)
+            call.cache.mask_columns = None
         check_continuation(call, generation)
     begins = generation is not None and not generation.started
     if begins:
@@ -279,7 +279,7 @@ def _run_pass(run: _Run, plan: Plan, cache: PTECache, _: dict[str, Any]) -> tupl
         # Where all layers are bounded nothing counts columns, and no token is to cost more than the one before it.
         "attention_mask": run.host_masks
         if run.host_masks is not None
-        else (None if valid is None else valid.long())
+        else valid
         if cache.bounds_all
         else mask_by_column(
             run.past, None if run.mask is None else run.mask[:, : plan.stop], run.seen, run.positions[:, : plan.stop]

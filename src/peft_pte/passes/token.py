@@ -49,7 +49,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         raise NotImplementedError(OUT_OF_STEP)
     before = cache.evictions
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
-    valid = None if call.mask is None else call.mask[:, -1:].long()
+    valid = None if call.mask is None else call.mask[:, -1:]
     arguments = {
         **call.tokens,
         "attention_mask": valid if cache.bounds_all else mask_by_column(rows.prompt_mask, valid, call.seen, positions),
@@ -145,7 +145,8 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
         positions = (positions - generation.shift[:, None]).clamp(min=0)
     before = cache.evictions
     positions = positions.expand(like.shape[0], 1)
-    fixed.write_positions(positions)
+    if seam.keeps_positions:
+        fixed.write_positions(positions)
     token = _count(seam, cache, rows, positions[:, 0], None, None)
     _make_ready(seam, adapter, cache, rows, fixed, token)
     mask = _masks(seam, cache, token, attention_mask, positions)
@@ -173,8 +174,7 @@ def _masks(seam: Seam, cache: PTECache, token: Token, attention_mask: Tensor | N
 
 def step(seam: Seam, *args: Any, **kwargs: Any) -> Any:
     """The backbone's forward after :func:`prepare`; traced as it stands."""
-    if kwargs.get("position_ids") is None and not seam.counts_columns:
-        # Some hosts that wrap a text model keep positions to themselves.
+    if seam.keeps_positions and kwargs.get("position_ids") is None:
         kwargs["position_ids"] = kwargs["past_key_values"].fixed.positions
     return seam.inner(*args, **kwargs)
 

@@ -28,7 +28,7 @@ from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
 from ..passes.run import run
 from ..passes.token import prepare, step
-from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, Outer, Seam
+from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, OuterCall, Seam
 
 _HOOKS = "_pte_hooks"
 _GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation")
@@ -191,14 +191,16 @@ def _note_outer(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], kwargs: d
     around = seam.calls.outer[-1] if seam.calls.outer else None
     if isinstance(mask, dict) and around is not None:
         mask = around.mask
-    seam.calls.outer.append(Outer(ids, mask, given.get("position_ids")))
+    seam.calls.outer.append(OuterCall(wrapper, ids, mask, given.get("position_ids")))
     tokens = ids if ids is not None else given.get("inputs_embeds")
     if isinstance(cache, PTECache) and tokens is not None:
-        cache.show_columns(tokens.shape[1])
+        # It may look for images in masks over all columns.
+        cache.mask_columns = cache.get_seq_length() + tokens.shape[1]
 
 
 def _leave_wrapper(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if not torch.compiler.is_compiling() and seam.calls.outer:
+    # A step that stood ready left no note.
+    if not torch.compiler.is_compiling() and seam.calls.outer and seam.calls.outer[-1].model is wrapper:
         seam.calls.outer.pop()
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
-from ..host.sites import Site, Sites, check_config, settle_rotation, site_of
+from ..host.sites import Site, Sites, check_config, keep_unknown_rotation, site_of
 from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
@@ -124,7 +124,7 @@ class PTEModel(BaseTuner):
         seam = Seam.of(model) or install(model)
         try:
             check_config(model, seam.found, config)
-            settle_rotation(seam.found, config)
+            keep_unknown_rotation(seam.found, config)
             PTECache(seam.text_config, config)
             watch(model, adapter_name, self.prefix)
             by_default = config.target_modules is None
