@@ -273,3 +273,21 @@ def test_a_window_that_comes_later_reads_no_rotated_keys_in_silence(monkeypatch)
         model = get_peft_model(make_base("llama"), PTEConfig(task_type="CAUSAL_LM", **{**SMALL, "cache_window": None}))
     model.peft_config["default"].cache_window = WINDOW
     assert model.peft_config["default"].key_rotation == "kept"
+
+
+@pytest.mark.parametrize("name", ["llama", "glm", "phi", "smollm3", "deepseek_v3", "gpt_oss", "codegen", "llama4"])
+def test_what_is_encoded_does_not_know_where_it_stood(name):
+    # A rotation tells how far apart tokens are: later by the same number, all of them attend alike, and nothing else may know.
+    def scored(by, **fields):
+        torch.manual_seed(0)
+        base = make_base(name) if name in MODELS else tiny_model(name)
+        model = make_pte(base=base, **fields)
+        batch = roll_out(model, make_prompts((6, 6)), 3 * WINDOW).truncated(3 * WINDOW)
+        where = torch.arange(batch["input_ids"].shape[1])[None] + by
+        with torch.no_grad():
+            return thought_logits(model, batch, position_ids=where)
+
+    # Cosines of larger angles are rounded more.
+    assert_close(scored(100), scored(0), scale=20)
+    kept = [scored(by, key_rotation="kept") for by in (0, 100)]
+    assert (kept[0] - kept[1]).abs().max() > 1e-2

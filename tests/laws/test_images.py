@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from benchmarks.models.tiny import tiny_model
 from tests.cases import FULL_AND_SLIDING, PAD
 from tests.helpers import SMALL, assert_close, gradients, make_pte, roll_out, thought_logits
 
@@ -183,3 +184,20 @@ def test_through_the_models_inside(images):
     assert_close(host.lm_head(hidden)[real], expected[real])
     width = prompts["input_ids"].shape[1]
     assert_close(expected[:, width - 1 : -1], rollout.logits)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4"])
+def test_padding_that_the_model_around_would_count(kind):
+    # Between prompt and thoughts: a model that numbers columns itself must not tell the text model so.
+    torch.manual_seed(0)
+    model = make_pte(base=tiny_model(kind))
+    prompts = {"input_ids": torch.randint(3, 57, (1, 6)), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    rollout = roll_out(model, prompts, THOUGHTS)
+    batch = rollout.truncated(THOUGHTS)
+    apart = {
+        name: torch.cat([part[:, :6], torch.full((1, 3), empty), part[:, 6:]], dim=1)
+        for (name, part), empty in zip(batch.items(), (PAD, 0, -100), strict=True)
+    }
+    with torch.no_grad():
+        logits = model(**apart).logits
+    assert_close(logits[:, 9:-1], rollout.logits[:, 1:])

@@ -203,9 +203,7 @@ def _in_chunks(cache: PTECache, layer: _Layer, arguments: dict[str, Any]) -> Any
     for number in range(len(this.work) if run is _chunk else 1):
         call = functools.partial(run, this, number, layer)
         inputs = _cut(arguments, layer.site.token_axes, this, number) if run is _chunk else arguments
-        # What other layers are to read has to outlive a checkpoint.
-        recompute = this.recompute and not shows
-        output, held = recomputed(call, held, inputs) if recompute else call(held, inputs)
+        output, held = recomputed(call, held, inputs) if this.recompute else call(held, inputs)
         outputs.append(output)
     if shows and shared is not None:
         shared[layer.site.layer_type] = cast(ThoughtLayer, held.layers[index]).shown()
