@@ -21,6 +21,7 @@ FLOORS = [
     {"cache"},
     {"host"},
     {"passes", "seam"},
+    {"rollout"},
     {"tuner"},
     {"__init__"},
     {"integrations"},

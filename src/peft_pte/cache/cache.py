@@ -229,6 +229,12 @@ class PTECache(Cache):
         state = None if self.fixed is None else self.fixed.states.get(index)
         return None if state is None else Reading(state, state.shape[0], 1, self.adapter or "")
 
+    def make_rows(self, batch: int, prompt: int, device: torch.device) -> None:
+        """Let an empty cache have ``batch`` rows that hold nothing, with slots for prompts of ``prompt``; each is to be replaced."""
+        self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+        self.rows.begin(prompt, torch.zeros(batch, prompt, dtype=torch.bool, device=device))
+        self.prompt_ends = torch.zeros(batch, dtype=torch.long, device=device)
+
     def replace_rows(self, rows: Sequence[int], other: PTECache) -> None:
         """Let ``rows`` be those of ``other``, states and all: nothing of what they were is seen again.
 
@@ -269,9 +275,10 @@ class PTECache(Cache):
             self.prompt_ends = self.prompt_ends.index_copy(0, there, other.prompt_ends + behind)
         mine.replace(rows, theirs)
         for (index, layer), (_, new) in zip(self.thought_layers, other.thought_layers, strict=True):
-            layer.replace(there, new, mine.prompt)
+            layer.replace(there, new, mine.prompt, len(mine.bound))
             held, state = self.state.layers[index].value, other.state.layers[index].value
-            if held is not None and state is not None:
+            if state is not None:
+                held = state.new_zeros(len(mine.bound), *state.shape[1:]) if held is None else held
                 self.state.layers[index] = LayerState(held.index_copy(0, there.to(held.device), state))
         if self.fixed is not None:
             self.fixed.stale = True

@@ -60,6 +60,7 @@ class Rows:
         ended: ``[B]``, True for rows that ended in the generation before the next call; ``None``: none did.
         padding_token: What that generation appended to them.
         positions: ``[B, W + 1]``, absolute position of the thought in each slot, where all heads hold the same ones.
+        paused: Rows that steps leave as they are: which go on, ``[B]``, and the same on the host; ``None``: all do.
     """
 
     def __init__(self, batch: int, window: int, step: int, device: torch.device) -> None:
@@ -73,6 +74,8 @@ class Rows:
         self.ended: Tensor | None = None
         self.padding_token: int | None = None
         self.positions = torch.zeros(batch, window + 1, dtype=torch.long, device=device)
+        self.paused: tuple[Tensor, list[bool]] | None = None
+        self._prompts: list[int] | None = None
         self._slots = torch.arange(window, device=device)
         self._lists: dict[tuple[int, ...], Tensor] = {}
 
@@ -102,6 +105,15 @@ class Rows:
         """``[B]``, tokens of each row, padding apart."""
         prompt = self.prompt if self.prompt_mask is None else self.prompt_mask.sum(dim=1)
         return self.thoughts + prompt
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, padding apart, as far as the host knows."""
+        if self.prompt_mask is None:
+            return self.prompt + max(self.bound)
+        if self._prompts is None:
+            self._prompts = self.prompt_mask.sum(dim=1).tolist()
+        return max(prompt + thoughts for prompt, thoughts in zip(self._prompts, self.bound, strict=True))
 
     @property
     def empty(self) -> Tensor:
@@ -146,6 +158,7 @@ class Rows:
             )
             self.prompt_mask = torch.cat(list(ones), dim=1)
         self.prompt += columns
+        self._prompts = None
 
     def write(self, thoughts: Sequence[int]) -> None:
         """Note that so many thoughts were written."""
@@ -172,7 +185,7 @@ class Rows:
             self.prompt_mask = self.prompt_mask.index_copy(0, there, theirs)
         for row, count in zip(rows, other.bound, strict=True):
             self.bound[row] = count
-        self._lists = {}
+        self._lists, self._prompts, self.paused = {}, None, None
         self.thoughts = self.thoughts.index_copy(0, there, other.thoughts)
         self.positions = self.positions.index_copy(0, there, other.positions)
         if self.unused is not None:
@@ -281,6 +294,11 @@ class Rows:
             return False
         return held_after(self.bound[0], self.window, self.step) == min(self.bound[0], self.window)
 
+    def pause(self, goes_on: Sequence[bool]) -> None:
+        """Let steps leave the rows that do not go on as they are, until a row is replaced, or rows move."""
+        paused = list(goes_on)
+        self.paused = None if all(paused) else (torch.tensor(paused, device=self.device), paused)
+
     def note_ends(self, going_on: Tensor, padding_token: int | None) -> None:
         """Let rows not ``going_on [B]`` have ended: what they are given from here on is padding, ``padding_token``."""
         self.padding_token = padding_token
@@ -314,6 +332,7 @@ class Rows:
             part = getattr(self, name)
             setattr(self, name, None if part is None else function(part))
         self._slots, self._lists = self._slots.to(thoughts.device), {}
+        self._prompts, self.paused = None, None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything held, for counting bytes."""

@@ -311,10 +311,12 @@ class ThoughtLayer(CacheLayerMixin):
             self.block = _put(block, held, 0, None, self._in_place(held.keys, block.keys))
         self.prompt, self.recent, self.column_positions, self.unrolled = (), (), None, 0
 
-    def replace(self, rows: Tensor, other: ThoughtLayer, prompt: int) -> None:
-        """Let ``rows [B']`` be those of ``other``, behind a prompt of ``prompt``."""
-        there, new = rows.to(self.at_rest.keys.device), other.at_rest
-        self.block = block = self._reserved(self.at_rest, prompt)
+    def replace(self, rows: Tensor, other: ThoughtLayer, prompt: int, batch: int) -> None:
+        """Let ``rows [B']`` of ``batch`` be those of ``other``, behind a prompt of ``prompt``."""
+        new = other.at_rest
+        there = rows.to(new.keys.device)
+        like = new.map(lambda part: part[:1].expand(batch, -1, -1, -1))
+        self.block = block = self._reserved(like, prompt)
         in_place = self._in_place(new.keys, block.keys)
         block = _put(block, new.narrow(0, other.prompt_slots), 0, there, in_place)
         self.block = _put(block, new.narrow(other.prompt_slots, self.window), prompt, there, in_place)

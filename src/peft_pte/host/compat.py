@@ -5,9 +5,13 @@ No other file touches a private name of transformers; :func:`check` says which o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process
 
 # What decoder layers call the cache they are given (5.17 to 5.23).
 CACHE_NAMES = ("past_key_values", "layer_past")
@@ -52,6 +56,81 @@ MASKS_METHOD = "create_masks_for_generate"
 # What an adapter's weights are loaded with by transformers itself (5.23); :mod:`peft_pte.tuner.checkpoints` watches it on the instance.
 LOADER_METHOD = "_load_pretrained_model"
 
+# What `generate` makes of its options (5.17 to 5.23).
+GENERATION_METHODS = (
+    "_prepare_generation_config",
+    "_prepare_special_tokens",
+    "_get_logits_processor",
+    "_get_stopping_criteria",
+    "_valid_auto_compile_criteria",
+    "_optimize_model_for_decode",
+)
+
+# Processors that look at the scores of a row alone, so at those of many rows as well as at those of one (5.17 to 5.23).
+OF_SCORES_ALONE = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.SuppressTokensLogitsProcessor,
+)
+
+
+def generation_options(model: Any, given: GenerationConfig | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The options of a generation as `generate` sees them, special tokens as tensors, and what of ``options`` is none of them."""
+    config, rest = model._prepare_generation_config(given, **options)
+    model._prepare_special_tokens(config, True, device=model.device)
+    return config, rest
+
+
+def logits_processors(
+    model: Any, config: Any, ids: Tensor, own: LogitsProcessorList, allowed: Callable[[int, Tensor], list[int]] | None
+) -> LogitsProcessorList:
+    """What `generate` lets logits go through that follow the prompt ``ids [1, N]``, its caller's ``own`` among them."""
+    made: LogitsProcessorList = model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=ids.shape[1],
+        encoder_input_ids=ids,
+        prefix_allowed_tokens_fn=allowed,
+        logits_processor=own,
+        device=ids.device,
+        model_kwargs={},
+    )
+    return made
+
+
+def stopping_criteria(model: Any, config: Any, own: StoppingCriteriaList, tokenizer: Any) -> StoppingCriteriaList:
+    """What `generate` ends a row by, its caller's ``own`` among them."""
+    made: StoppingCriteriaList = model._get_stopping_criteria(config, own, tokenizer)
+    return made
+
+
+def end_tokens(config: Any) -> Tensor | None:
+    """``[N]``, the end-of-sequence tokens of what :func:`generation_options` made; ``None``: none."""
+    found: Tensor | None = config._eos_token_tensor
+    return found
+
+
+def step_of(model: Any, cache: Any, config: Any) -> Callable[..., Any]:
+    """What `generate` calls for a step on ``cache``: the model, or the model compiled."""
+    if model._valid_auto_compile_criteria({"past_key_values": cache}, config):
+        compiled: Callable[..., Any] = model.get_compiled_call(config.compile_config)
+        return compiled
+    step: Callable[..., Any] = model.__call__
+    return step
+
+
+def optimized_for_decoding(model: Any) -> AbstractContextManager[None]:
+    """What `generate` decodes in."""
+    context: AbstractContextManager[None] = model._optimize_model_for_decode()
+    return context
+
 
 def counts_its_cache(config: Any) -> bool:
     """Whether attention layers mask by the columns of their cache, whatever mask they get (local attention of GPT-Neo, 5.17 to 5.23)."""
@@ -75,7 +154,8 @@ def check() -> None:
     Raises:
         NotImplementedError: One is gone.
     """
-    for owner, name in ((GenerationMixin, CACHE_METHOD), (PreTrainedModel, LOADER_METHOD)):
+    generation = [(GenerationMixin, name) for name in (CACHE_METHOD, *GENERATION_METHODS)]
+    for owner, name in (*generation, (PreTrainedModel, LOADER_METHOD)):
         if not hasattr(owner, name):
             raise NotImplementedError(
                 f"{owner.__name__} of this transformers version has no `{name}`. Install a version that peft-pte is tested with "

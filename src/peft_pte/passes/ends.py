@@ -31,7 +31,7 @@ def find_ends(seam: Seam, adapter: str, call: Call, prompt: PromptSpec) -> Promp
     before = None if cache is None else cache.open_prompt
     ends = find_prompt_ends(rule, prompt, call.columns, before if isinstance(before, OpenPrompt) else None)
     if generation is not None:
-        _check_generation(rule, ends)
+        check_prompts(rule, ends)
     elif cache is None:
         training = seam.model.training and torch.is_grad_enabled()
         window = config.cache_window or 0
@@ -49,8 +49,12 @@ def _check_known_length(cache: PTECache, length: Any, call: Call) -> None:
         )
 
 
-def _check_generation(rule: Any, ends: PromptEnds) -> None:
-    """Refuse a prefill after which a row would never come to an eviction."""
+def check_prompts(rule: Any, ends: PromptEnds) -> None:
+    """Refuse a prefill after which a row would never come to an eviction.
+
+    Raises:
+        ValueError: The marker of ``rule`` does not occur in a row.
+    """
     if ends.open is None:
         return
     open_rows = ends.open.rows

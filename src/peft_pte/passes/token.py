@@ -104,8 +104,10 @@ def _count(
     seam: Seam, cache: PTECache, rows: Rows, positions: Tensor, real: Tensor | None, writes: list[bool] | None
 ) -> Token:
     """Count one more thought of each row."""
+    if real is None and rows.paused is not None:
+        real, writes = rows.paused
     if not seam.rotary:
-        seam.check_positions(cache.get_seq_length() + 1)
+        seam.check_positions(cache.get_seq_length() + 1 if seam.counts_columns else rows.longest + 1)
     now = rows.next_step(positions, real, writes)
     departing = None
     if cache.policy.uniform:

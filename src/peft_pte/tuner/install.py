@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
@@ -28,10 +28,13 @@ from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
 from ..passes.run import run
 from ..passes.token import prepare, step
+from ..rollout.api import generate_batch
+from ..rollout.refusals import refuse_generation, refuse_manager
 from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, OuterCall, Seam
 
 _HOOKS = "_pte_hooks"
-_GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation")
+_MANAGERS = ("init_continuous_batching", "continuous_batching_context_manager")
+_GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation", *_MANAGERS)
 
 
 def install(model: PreTrainedModel) -> Seam:
@@ -45,7 +48,9 @@ def install(model: PreTrainedModel) -> Seam:
     host.generate = _bound(_generate, host, type(host).generate)
     host.prepare_inputs_for_generation = _bound(_prepare_inputs, host, type(host).prepare_inputs_for_generation)
     host.create_masks_for_generate = functools.partial(_create_masks, host)
-    host.generate_batch = functools.partial(_refuse_generate_batch, host)
+    host.generate_batch = _bound(_generate_batch, host, type(host).generate_batch)
+    for name in _MANAGERS:
+        setattr(host, name, functools.partial(_continuous_batching, name, host))
     hooks = [
         host.register_forward_pre_hook(_enter_call, with_kwargs=True),
         host.register_forward_hook(_leave_call, with_kwargs=True, always_call=True),
@@ -210,6 +215,8 @@ def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -
     adapter = seam.active_adapter()
     if adapter is not None and seam.config(adapter).cache_window is not None:
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        if kwargs.get("cache_implementation") == "paged":
+            refuse_generation(GenerationConfig(cache_implementation="paged"), bounded=True)
         if kwargs.get("use_cache", config.use_cache) is False:
             # Trainers turn the cache off where gradients are checkpointed; the policy is the same with it, and the cache is bounded.
             kwargs["use_cache"] = True
@@ -227,7 +234,7 @@ def _prepare_cache(
     adapter = seam.active_adapter()
     if adapter is not None:
         made = False
-        _refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
+        refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
         if model_kwargs.get("past_key_values") is None:
             static = generation_config.cache_implementation == "static"
             model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
@@ -257,23 +264,15 @@ def _prefill_columns(generation_config: Any, model_kwargs: dict[str, Any], gener
     return None if new_tokens is None else int(generation_config.max_length - new_tokens)
 
 
-def _refuse_generation(generation_config: Any, bounded: bool) -> None:
-    if generation_config.cache_implementation not in (None, "dynamic", "static"):
-        raise NotImplementedError(
-            f'`cache_implementation` must be unset or "static" while a PTE adapter is active, got '
-            f"{generation_config.cache_implementation!r}: the cache belongs to the method. Set the window in PTEConfig."
-        )
-    if generation_config.prefill_chunk_size is not None and bounded:
-        raise NotImplementedError(
-            f"`prefill_chunk_size` must be unset under a bounded cache, got {generation_config.prefill_chunk_size}: the "
-            "prompt is what the prefill holds, and later chunks would count as thoughts."
-        )
-
-
-def _refuse_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if getattr(self, ATTRIBUTE).active_adapter() is None:
+def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate_batch`` on rows of the bounded cache, which also takes what ``generate`` takes."""
+    seam: Seam = getattr(self, ATTRIBUTE)
+    if seam.active_adapter() is None:
         return type(self).generate_batch(self, *args, **kwargs)
-    raise NotImplementedError(
-        "`generate_batch` (continuous batching) pages a full cache and has no thought state. Use `generate`; in TRL, "
-        "use_transformers_continuous_batching=False."
-    )
+    return generate_batch(seam, *args, **kwargs)
+
+
+def _continuous_batching(name: str, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if getattr(self, ATTRIBUTE).active_adapter() is None:
+        return getattr(type(self), name)(self, *args, **kwargs)
+    return refuse_manager()

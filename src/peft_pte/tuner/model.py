@@ -104,6 +104,11 @@ class PTEModel(BaseTuner):
             ValueError: A row is not there or named twice, or there is not one prompt for each.
             NotImplementedError: A prompt has not come to its end, or layers of the model are not bounded.
         """
+        if not Seam.require(self.model).refills_rows(self.active_adapters[0]):
+            raise NotImplementedError(
+                "Rows can be replaced where nothing of the model counts columns: its sliding or linear attention, or its positions, do. Decode the "
+                "new prompts in a cache of their own."
+            )
         fresh = self.new_cache()
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=fresh, prompt_length=prompt_length
