@@ -302,7 +302,38 @@ def test_vllm_sync_would_be_refused(tmp_path):
         trainer.model.merge_adapter()
 
 
-def test_continuous_batching_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, config=pte_config(), use_transformers_continuous_batching=True)
-    with pytest.raises(NotImplementedError, match="use_transformers_continuous_batching=False"):
-        trainer.train()
+@pytest.mark.parametrize("form", [None, "static"])
+def test_continuous_batching_trains_on_what_it_wrote(form, tmp_path, monkeypatch):
+    # More requests than rows, and old log-probs of a step that is taken twice.
+    trainer = make_trainer(
+        tmp_path,
+        config=pte_config(),
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config={"max_requests_per_batch": 3, "return_logprobs": True},
+        cache_implementation=form,
+        per_device_train_batch_size=8,
+        max_steps=2,
+    )
+    host, written, compared = trainer.model.get_base_model(), {}, []
+    generate_batch, score = host.generate_batch, trainer._get_per_token_logps_and_entropies
+
+    def recorded(*args, **kwargs):
+        outputs = generate_batch(*args, **kwargs)
+        for output in outputs.values():
+            written[(*output.prompt_ids, *output.generated_tokens)] = torch.tensor(output.logprobs)
+        return outputs
+
+    def recorded_score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        for tokens, mask, log_probs in zip(input_ids, attention_mask.bool(), result[0].detach(), strict=True):
+            expected = written[tuple(tokens[mask].tolist())]
+            compared.append((log_probs[mask[-logits_to_keep:]] - expected).abs().max().item())
+        return result
+
+    monkeypatch.setattr(host, "generate_batch", recorded)
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", recorded_score)
+    before = {name: parameter.detach().clone() for name, parameter in trainable(trainer.model).items()}
+    trainer.train()
+    assert len(compared) >= 16
+    assert max(compared) < 1e-4
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in trainable(trainer.model).items())

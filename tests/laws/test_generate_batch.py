@@ -49,7 +49,10 @@ def cut(row, ends):
 
 STATIC = {"cache_implementation": "static"}
 FORMS = [(family, torch.float64, {}) for family in FAMILIES]
-FORMS += [("llama", torch.float32, {}), *((family, torch.float64, STATIC) for family in ("llama", "gpt2", "deepseek_v3"))]
+FORMS += [
+    ("llama", torch.float32, {}),
+    *((family, torch.float64, STATIC) for family in ("llama", "gpt2", "deepseek_v3")),
+]
 
 
 @pytest.mark.parametrize(("family", "dtype", "form"), FORMS, ids=str)
@@ -134,7 +137,8 @@ def test_prompt_length_of_each_request():
     model = make_pte(dtype=torch.float64)
     requests, lengths = make_requests((12, 9, 20, 5)), [2, 9, 1, 4]
     expected = [
-        alone(model, request, options(), prompt_length=length) for request, length in zip(requests, lengths, strict=True)
+        alone(model, request, options(), prompt_length=length)
+        for request, length in zip(requests, lengths, strict=True)
     ]
     assert tokens(model.generate_batch(requests, options(), rows(2), prompt_length=lengths)) == expected
     assert tokens(model.generate_batch(requests[:1] * 3, options(), rows(2), prompt_length=2)) == expected[:1] * 3

@@ -82,7 +82,9 @@ OF_SCORES_ALONE = (
 )
 
 
-def generation_options(model: Any, given: GenerationConfig | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def generation_options(
+    model: Any, given: GenerationConfig | None, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """The options of a generation as `generate` sees them, special tokens as tensors, and what of ``options`` is none of them."""
     config, rest = model._prepare_generation_config(given, **options)
     model._prepare_special_tokens(config, True, device=model.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.utils.logging import tqdm
 
 from ..host.compat import generation_options, optimized_for_decoding
 from ..passes.boundary import Columns, PromptSpec, find_prompt_ends
@@ -88,7 +89,9 @@ def generate_batch(
     adapter = seam.require_adapter()
     config, unknown = generation_options(seam.model, generation_config, options)
     if unknown:
-        raise TypeError(f"`generate_batch` got {sorted(unknown)}, which are no options of a generation from tokens alone. Leave them out.")
+        raise TypeError(
+            f"`generate_batch` got {sorted(unknown)}, which are no options of a generation from tokens alone. Leave them out."
+        )
     refuse_batch(seam, adapter, config)
     asked = Options(
         config,
@@ -97,10 +100,15 @@ def generate_batch(
         prefix_allowed_tokens_fn,
         tokenizer,
     )
+    _warn_of_half_precision(seam, adapter)
     chooser = Chooser(seam.model, asked, batching.return_logprobs)
     default_length = all(
         given is None
-        for given in (options.get("max_length"), generation_config and generation_config.max_length, seam.model.generation_config.max_length)
+        for given in (
+            options.get("max_length"),
+            generation_config and generation_config.max_length,
+            seam.model.generation_config.max_length,
+        )
     )
     requests = _requests(seam, adapter, inputs, asked, prompt_length, default_length)
     if config.do_sample:
@@ -118,6 +126,20 @@ def generate_batch(
             for count in _run(seam, batch, waiting, config.max_time):
                 bar.update(count)
     return _results(requests)
+
+
+def _warn_of_half_precision(seam: Seam, adapter: str) -> None:
+    """Say that trainable weights were cast, which TRL does to the whole model before it calls."""
+    part = f".{adapter}."
+    trained = (weight for name, weight in seam.model.named_parameters() if weight.requires_grad and part in name)
+    dtypes = {weight.dtype for weight in trained} & {torch.bfloat16, torch.float16}
+    if dtypes:
+        warnings.warn(
+            f"Trainable weights of the adapter {adapter!r} are in {dtypes.pop()}, which rounds small updates away. TRL casts the whole model before "
+            "`generate_batch` where `bf16` or `fp16` is on: set both to False, and load the base model in the dtype that you want.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _run(seam: Seam, batch: Batch, waiting: deque[Request], seconds: float | None) -> Iterator[int]:
@@ -146,7 +168,11 @@ def _cancel(waiting: deque[Request], seconds: float | None) -> int:
     count = len(waiting)
     while waiting:
         request = waiting.popleft()
-        request.fail(TimeoutError(f"`max_time` of {seconds} s was over before a row was free for this request. Allow more time, or more rows."))
+        request.fail(
+            TimeoutError(
+                f"`max_time` of {seconds} s was over before a row was free for this request. Allow more time, or more rows."
+            )
+        )
         request.finish()
     return count
 
@@ -176,15 +202,21 @@ def _requests(
     Raises:
         ValueError: There is not one ``prompt_length`` for each.
     """
-    lengths = [prompt_length] * len(inputs) if prompt_length is None or isinstance(prompt_length, int) else list(prompt_length)
+    lengths = (
+        [prompt_length] * len(inputs)
+        if prompt_length is None or isinstance(prompt_length, int)
+        else list(prompt_length)
+    )
     if len(lengths) != len(inputs):
-        raise ValueError(f"`prompt_length` must be one number, or one for each of {len(inputs)} requests, got {len(lengths)}.")
+        raise ValueError(
+            f"`prompt_length` must be one number, or one for each of {len(inputs)} requests, got {len(lengths)}."
+        )
     copies = asked.config.num_return_sequences or 1
     requests: list[Request] = []
     for number, (tokens, length) in enumerate(zip(inputs, lengths, strict=True)):
-        name = f"req_{number}"
         # transformers names and orders them so.
-        for name in (*(f"{name}__child#{copy}" for copy in range(copies - 1)), name):
+        children = [f"req_{number}__child#{copy}" for copy in range(copies - 1)]
+        for name in (*children, f"req_{number}"):
             request = Request(index=number, name=name)
             requests.append(request)
             try:
@@ -206,7 +238,9 @@ def _fill(request: Request, seam: Seam, adapter: str, tokens: Sequence[int], len
     request.tokens = tuple(map(operator.index, tokens))
     vocabulary = seam.model.get_input_embeddings().weight.shape[0]
     if not request.tokens or not all(0 <= token < vocabulary for token in request.tokens):
-        raise ValueError(f"A request must have tokens, all of them from 0 to {vocabulary - 1}, got {list(request.tokens)[:20]}.")
+        raise ValueError(
+            f"A request must have tokens, all of them from 0 to {vocabulary - 1}, got {list(request.tokens)[:20]}."
+        )
     ids = torch.tensor([request.tokens])
     rule = seam.config(adapter).prompt_end
     spec = PromptSpec(length=None if length is None else [length])
@@ -245,7 +279,9 @@ def _limit(seam: Seam, asked: Options, given: int, default_length: bool) -> tupl
 def _seed(requests: Sequence[Request], seed: int | None) -> None:
     """Let each request have a seed of its own, by its place among them; ``None``: by torch's generator."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for request, own in zip(requests, torch.randint(2**62, (len(requests),), generator=generator).tolist(), strict=True):
+    for request, own in zip(
+        requests, torch.randint(2**62, (len(requests),), generator=generator).tolist(), strict=True
+    ):
         request.seed = own
 
 

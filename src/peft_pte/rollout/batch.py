@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.cache import PTECache
 from ..host.compat import step_of
 from ..passes.boundary import PromptSpec
 from ..seam import Generation, Seam
@@ -76,7 +76,9 @@ class Batch:
         # Tokens of each row, and those of them that its request came with.
         self.lengths = torch.zeros(sizes.rows, dtype=torch.long, device=device)
         self.given = torch.zeros(sizes.rows, dtype=torch.long, device=device)
-        self.draws = torch.zeros(sizes.rows, sizes.written, dtype=torch.float64, device=device) if config.do_sample else None
+        self.draws = (
+            torch.zeros(sizes.rows, sizes.written, dtype=torch.float64, device=device) if config.do_sample else None
+        )
         self.log_probs = torch.zeros(sizes.rows, sizes.written + 2, device=device) if chooser.log_probs else None
         self.logits: Tensor | None = None
         inputs = inspect.signature(type(self.model).forward).parameters
@@ -108,7 +110,8 @@ class Batch:
         """Let requests that are ``waiting`` have the rows that are free, and write a token of each."""
         free = [row for row, request in enumerate(self.requests) if request is None]
         while free and waiting:
-            joining, columns = [], 0
+            joining: list[Request] = []
+            columns = 0
             while waiting and len(joining) < len(free):
                 columns = max(columns, len(waiting[0].tokens))
                 if joining and columns * (len(joining) + 1) > self.sizes.prefilled:
@@ -208,6 +211,7 @@ class Batch:
 
     def _begin(self, row: int, request: Request) -> None:
         self.requests[row] = request
+        request.started = time.perf_counter()
         self.ids[row, : len(request.tokens)] = torch.tensor(request.tokens, device=self.device)
         if self.draws is not None:
             self.draws[row, : request.limit] = request.draws().to(self.device)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Chooser:
 
     def _of_one(self, request: Request, ids: Tensor, logits: Tensor) -> Tensor:
         try:
-            return request.processors(ids, logits) if request.processors else logits
+            return request.processors(cast(Any, ids), cast(Any, logits)) if request.processors else logits
         except Exception as error:
             request.fail(error)
             return logits

@@ -34,7 +34,9 @@ def rows_that_fit(
     """
     if asked is not None:
         if asked < 1:
-            raise ValueError(f"`max_requests_per_batch` must be at least 1, got {asked}. Leave it out to fill the memory.")
+            raise ValueError(
+                f"`max_requests_per_batch` must be at least 1, got {asked}. Leave it out to fill the memory."
+            )
         return asked
     free = free_memory(seam.model.device) * (_SHARE if share is None else share)
     return max(1, int(free // row_bytes(seam, adapter, prompt, written, static)))
@@ -56,7 +58,7 @@ def row_bytes(seam: Seam, adapter: str, prompt: int, written: int, static: bool)
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had on ``device``."""
-    accelerator = getattr(torch, device.type, None)
+    accelerator: Any = getattr(torch, device.type)
     if hasattr(accelerator, "mem_get_info"):
         free, _ = accelerator.mem_get_info(device)
         return int(free + accelerator.memory_reserved(device) - accelerator.memory_allocated(device))

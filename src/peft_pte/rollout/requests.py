@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 
 @dataclass
@@ -76,6 +75,8 @@ class Request:
 
     def output(self) -> Any:
         """What transformers' own `generate_batch` would give."""
+        from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
         return GenerationOutput(
             request_id=self.name,
             prompt_ids=list(self.tokens),
