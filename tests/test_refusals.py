@@ -22,6 +22,8 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    RoFormerConfig,
+    RoFormerForCausalLM,
     T5Config,
 )
 
@@ -53,8 +55,16 @@ def test_merging_one_layer():
 
 
 def test_generate_batch_of_a_model_that_counts_columns():
+    base = RoFormerForCausalLM(RoFormerConfig(**{**GROUPED, "is_decoder": True}))
     with pytest.raises(NotImplementedError, match="`generate_batch` refills rows, and this model"):
-        make_pte("gemma3").generate_batch([[1, 2, 3]])
+        make_pte(base=base).generate_batch([[1, 2, 3]])
+    model = make_pte(base=base)
+    cache = model.base_model.new_cache()
+    model(torch.tensor([[3, 4, 5]]), past_key_values=cache, prompt_length=3)
+    with pytest.raises(NotImplementedError, match="number columns, as this one does"):
+        model.replace_rows(cache, [0], torch.tensor([[3, 4]]))
+    with pytest.raises(NotImplementedError, match="Leave `cache_implementation` unset"):
+        make_pte("gemma3").generate_batch([[1, 2, 3]], max_new_tokens=2, cache_implementation="static")
 
 
 @pytest.mark.parametrize("name", ["quantized", "offloaded", "sliding_window"])

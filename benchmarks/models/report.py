@@ -11,13 +11,14 @@ _HEAD = """# Models
 
 Every type that `AutoModelForCausalLM` of transformers {transformers} knows, tiny and random and with its own mix of layers, each asked the
 same questions with LoRA beside it: generation past the window, scoring equal to it with left padding, a window that makes a difference, a
-fresh adapter equal to the base model, gradients with and without checkpointing, the static form, saving and loading. Written by
+fresh adapter equal to the base model, gradients with and without checkpointing, the static form, `generate_batch` on rows that are refilled, saving and
+loading. Written by
 `python -m benchmarks.models` (python {python}, torch {torch}, peft {peft}, CPU).
 
 **{works} work, {refused} are refused, {rest} could not be tried, {bad} are wrong or crash**, of {all}. LoRA works on {lora}.
 
 *Bounded layers* is how many of the tiny model's layers get the window, and what the others keep. *Static*: whether
-`generate(cache_implementation="static")` works. What of a decoder layer no adapter sits on is said at injection, and by
+`generate(cache_implementation="static")` works. *generate_batch*: whether its rows are refilled. What of a decoder layer no adapter sits on is said at injection, and by
 `model.base_model.left_out()`.
 """
 
@@ -39,7 +40,8 @@ def render(outcomes: dict[str, dict[str, Any]]) -> str:
             all=len(outcomes),
             lora=sum(one["lora"] == "works" for one in outcomes.values()),
         ),
-        "## Works\n\n" + _table(("type", "bounded layers", "static"), map(_working, by_verdict["works"])),
+        "## Works\n\n"
+        + _table(("type", "bounded layers", "static", "generate_batch"), map(_working, by_verdict["works"])),
         "## Refused\n\n" + _table(("type", "why", "LoRA"), map(_refused, by_verdict["refused"])),
         "## Not tried\n\nNo small model of these could be made to run, by this table or at all.\n\n"
         + _table(("type", "why"), ((f"`{one['kind']}`", _cell(one["reason"])) for one in by_verdict["not tried"])),
@@ -56,7 +58,7 @@ def _working(one: dict[str, Any]) -> tuple[str, ...]:
     kinds = kinds.replace("LinearAttentionLayer", "recurrent or convolution").replace(
         "DummyLayer", "without keys and values"
     )
-    return f"`{one['kind']}`", kinds, "yes" if one["static"] == "works" else "no"
+    return f"`{one['kind']}`", kinds, *("yes" if one[name] == "works" else "no" for name in ("static", "refilled"))
 
 
 def _refused(one: dict[str, Any]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_pte import PTEConfig
 
@@ -44,6 +45,8 @@ class Outcome:
     """The question at which it ended."""
     static: str = "works"
     """``"works"``, or why there is no static form."""
+    refilled: str = "works"
+    """``"works"``, or why `generate_batch` does not refill rows."""
     layers: str = ""
     """Kinds of cache layers."""
     left_out: list[str] = field(default_factory=list)
@@ -202,6 +205,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         free_batch, free_logits = roll_out(model, prompts())
         own = max(own, difference(score(model, free_batch), free_logits))
         model.peft_config["default"].cache_window = WINDOW
+        made["own"] = own
         outcome.error = error = difference(score(model, batch), made["logits"])
         if not error <= TOLERANCE + 4 * own:
             raise WrongError(
@@ -255,6 +259,28 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
         if not error <= TOLERANCE:
             raise WrongError(f"the static form differs by {error:.1e}")
 
+    def refilling() -> None:
+        model = made["model"]
+        lengths = (6, 3, 5)
+        ids = [row[-length:].tolist() for row, length in zip(prompts(lengths)["input_ids"], lengths, strict=True)]
+        batching = ContinuousBatchingConfig(max_requests_per_batch=2, return_logprobs=True, seed=1)
+        config = GenerationConfig(max_new_tokens=NEW, do_sample=True, top_k=0, pad_token_id=0)
+        try:
+            outputs = model.generate_batch(ids, config, batching)
+        except NotImplementedError as error:
+            outcome.refilled = _line(error)
+            return
+        for output in outputs.values():
+            tokens = torch.tensor([[*output.prompt_ids, *output.generated_tokens]])
+            start = len(output.prompt_ids)
+            labels = tokens.clone()
+            labels[:, :start] = -100
+            logits = score(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels})
+            scored = logits.log_softmax(dim=-1)[0].gather(-1, tokens[0, start:, None])[:, 0]
+            error = float((scored - torch.tensor(output.logprobs)).abs().max() / logits.abs().max().clamp(min=1.0))
+            if not error <= 2 * TOLERANCE + 8 * made["own"]:
+                raise WrongError(f"log-probs of a row that was refilled differ from the scored ones by {error:.1e}")
+
     def saving() -> None:
         wanted = score(made["model"], made["batch"])
         with tempfile.TemporaryDirectory() as folder:
@@ -272,6 +298,7 @@ def _questions(kind: str, outcome: Outcome, fields: dict[str, Any]) -> Iterator[
     yield "fresh adapter", fresh
     yield "gradients", backward
     yield "static form", static
+    yield "generate_batch", refilling
     yield "saving and loading", saving
 
 

@@ -167,9 +167,9 @@ class Seam:
             )
         return PTECache(self.text_config, self.config(adapter), static=static)
 
-    def refills_rows(self, adapter: str) -> bool:
-        """Whether a row can start again beside others: where a layer, or the model, counts columns, all rows have the same."""
-        return not self.counts_columns and self.new_cache(adapter).bounds_all
+    def refills_rows(self, adapter: str, static: bool = False) -> bool:
+        """Whether a row can start again beside others: not where the model numbers columns, which are the same for all rows."""
+        return not self.counts_columns and self.new_cache(adapter, static).refillable
 
     def require_adapter(self) -> str:
         """The PTE adapter in use.

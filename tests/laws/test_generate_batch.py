@@ -5,9 +5,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_pte.rollout import batch as batches
-from peft_pte.seam import Seam
-from tests.cases import FAMILIES, PAD, TWO_FAMILIES
+from tests.cases import FAMILIES, PAD, TWO_FAMILIES, VOCABULARY
 from tests.helpers import SMALL, assert_close, make_pte
+from tests.laws.test_hybrids import HYBRIDS, make_hybrid
 
 WINDOW = SMALL["cache_window"]
 MARKER = [58, 60]
@@ -58,16 +58,29 @@ FORMS += [
 @pytest.mark.parametrize(("family", "dtype", "form"), FORMS, ids=str)
 def test_greedy_tokens_are_those_of_generate(family, dtype, form):
     model = make_pte(family, dtype=dtype)
+    check_against_generate(model, form)
+
+
+@pytest.mark.parametrize("prompt_end", [None, MARKER], ids=["prompts", "thoughts too"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_beside_layers_that_evict_nothing(name, prompt_end):
+    model = make_hybrid(name, dtype=torch.float64, prompt_end=prompt_end)
     requests = make_requests(LENGTHS[:6])
-    if not Seam.of(model.get_base_model()).refills_rows("default"):
-        with pytest.raises(NotImplementedError, match="counts columns"):
-            model.generate_batch(requests, options())
-        return
+    if prompt_end is not None:
+        requests = [[*row[:2], *MARKER, *row[2:]] for row in requests]
+        # Rows that start alike and rows that do not, in one prefill.
+        requests[3] = requests[1][:4] + requests[3][-4:]
+    check_against_generate(model, {}, requests)
+
+
+def check_against_generate(model, form, requests=None):
+    requests = make_requests(LENGTHS[:6]) if requests is None else requests
     expected = [alone(model, request, options(3 * WINDOW, eos_token_id=None)) for request in requests]
-    # Ends that this model comes to, early and late.
-    ends = [expected[1][2], expected[2][WINDOW], expected[4][2 * WINDOW]]
+    # The end that its rows come to at the most different times.
+    ends = [max(range(VOCABULARY), key=lambda token: len({len(cut(row, [token])) for row in expected}))]
     expected = [cut(row, ends) for row in expected]
-    assert min(map(len, expected)) < WINDOW
+    assert len(set(map(len, expected))) > 1
+    assert max(map(len, expected)) > WINDOW
     for number in (2, 3):
         found = tokens(model.generate_batch(requests, options(3 * WINDOW, eos_token_id=ends, **form), rows(number)))
         assert found == expected, number
@@ -229,6 +242,17 @@ def test_rows_in_any_order_share_one_graph_for_each_number_of_them():
     again = tokens(model.generate_batch(requests[::-1], options(**compiling()), rows(4)))
     assert again == expected[::-1]
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+def test_columns_of_rows_that_are_gone_are_forgotten(monkeypatch):
+    # Layers of the model's own see a mask over columns: it is as wide as the longest row, however many there were before.
+    model = make_hybrid("sliding", dtype=torch.float64)
+    widths, step = [], batches.Batch.step
+    monkeypatch.setattr(batches.Batch, "step", lambda self: (widths.append(self.cache.get_seq_length()), step(self))[1])
+    found = tokens(model.generate_batch([[3, 4]] * 30, options(WINDOW, eos_token_id=None), rows(2)))
+    assert len(set(map(tuple, found))) == 1
+    assert max(widths) <= WINDOW + 2
+    assert len(widths) == 15 * (WINDOW - 1)
 
 
 def test_more_rows_than_tokens_of_a_prefill():

@@ -17,6 +17,7 @@ from transformers import (
 
 from tests.cases import FULL_AND_SLIDING, GROUPED
 from tests.helpers import SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits, trainable
+from tests.laws.test_rows_alone import Batch
 
 WINDOW = SMALL["cache_window"]
 LINEAR = {
@@ -183,3 +184,37 @@ def test_a_row_that_gets_padding_is_refused(name):
         model(input_ids=ids[:, :12], prompt_length=5, past_key_values=cache)
         with pytest.raises(NotImplementedError, match="would count the padding"):
             model(input_ids=ids[:, 12:], attention_mask=mask, past_key_values=cache)
+
+
+class Decoded(Batch):
+    """Rows whose tokens come one by one, as they do alone: a recurrent layer's decoding is not, to the last digit, its forward."""
+
+    def alone(self, row):
+        prompt, cache = self.prompts[row], self.model.base_model.new_cache()
+        found = []
+        with torch.no_grad():
+            for ids in (self.texts[row, :prompt], *self.texts[row, prompt : 6 * WINDOW].split(1)):
+                length = {} if found else {"prompt_length": prompt}
+                found.append(self.model(ids[None], past_key_values=cache, **length).logits[0])
+        return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_rows_that_are_replaced_repeated_and_selected(name):
+    # The recurrence of linear attention is taken in float32, whatever the dtype of the model.
+    rounded_to = torch.float32 if name == "linear attention" else torch.float64
+    batch = Decoded(make_hybrid(name, dtype=torch.float64), (4, 4, 4), rounded_to=rounded_to)
+    batch.start()
+    # A prompt that is longer than what the others have, and some that are shorter.
+    for row, prompt in ((None, 0), (1, 15), (0, 3), (2, 1)):
+        if row is not None:
+            batch.replace(row, prompt)
+        for _ in range(WINDOW + 1):
+            batch.feed([1, 1, 1])
+    batch.cache.batch_repeat_interleave(2)
+    batch.cache.batch_select_indices(torch.tensor([5, 0, 2]))
+    order = [2, 0, 1]
+    batch.mask, batch.texts = batch.mask[order], batch.texts[order]
+    batch.expected, batch.fed = [batch.expected[row] for row in order], [batch.fed[row] for row in order]
+    for _ in range(3):
+        batch.feed([1, 1, 1])

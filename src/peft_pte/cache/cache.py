@@ -30,9 +30,10 @@ from ..config import PTEConfig
 from ..method.state import LayerState, Reading, ThoughtState
 from .eviction import make_policy
 from .fixed import FixedAddresses
+from .own import fork_own, map_own, own_tensors, renumber_own, repeat_own, replace_own, select_own
 from .rows import Rows
 from .schedule import held_after
-from .store import Place, SharedSlots, ThoughtLayer
+from .store import SharedSlots, ThoughtLayer
 
 
 class RowTensors(Protocol):
@@ -158,6 +159,11 @@ class PTECache(Cache):
         """Whether all layers are bounded."""
         return all(isinstance(layer, (ThoughtLayer, DummyLayer)) for layer in self.layers)
 
+    @property
+    def refillable(self) -> bool:
+        """Whether rows can be replaced: not where layers of the model's own stand at fixed addresses, in the columns of all rows."""
+        return self.bounds_all or not self.static
+
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen, evicted ones and padding included."""
         if layer_idx is None:
@@ -188,7 +194,7 @@ class PTECache(Cache):
         if self.fixed is not None:
             tensors.extend(self.fixed.states.values())
         for layer in self.layers:
-            tensors.extend(layer.tensors() if isinstance(layer, ThoughtLayer) else _own_tensors(layer))
+            tensors.extend(layer.tensors() if isinstance(layer, ThoughtLayer) else own_tensors(layer))
         return sum(map(held_bytes, tensors))
 
     def rows_for(self, batch: int, device: torch.device) -> Rows:
@@ -263,9 +269,9 @@ class PTECache(Cache):
             raise ValueError(
                 f"`rows` must name {len(theirs.bound)} different rows of {len(mine.bound)}, one for each prompt, got {list(rows)}."
             )
-        if not self.bounds_all or self.open_prompt is not None or other.open_prompt is not None:
+        if not self.refillable or self.open_prompt is not None or other.open_prompt is not None:
             raise NotImplementedError(
-                "Rows can be replaced where all layers of the model are bounded and all prompts have come to their end (see "
+                "Rows can be replaced where no layer that is not bounded stands at fixed addresses, and all prompts have come to their end (see "
                 "PTEConfig.prompt_end; or give `prompt_length`). Decode the new prompts in a cache of their own."
             )
         mine.synchronize()
@@ -274,6 +280,9 @@ class PTECache(Cache):
             behind = max(mine.columns, theirs.columns) - theirs.columns
             self.prompt_ends = self.prompt_ends.index_copy(0, there, other.prompt_ends + behind)
         mine.replace(rows, theirs)
+        for own, new in zip(self.layers, other.layers, strict=True):
+            if not isinstance(own, ThoughtLayer):
+                replace_own(own, there, new, len(mine.bound), mine.columns)
         for (index, layer), (_, new) in zip(self.thought_layers, other.thought_layers, strict=True):
             layer.replace(there, new, mine.prompt, len(mine.bound))
             held, state = self.state.layers[index].value, other.state.layers[index].value
@@ -284,10 +293,21 @@ class PTECache(Cache):
             self.fixed.stale = True
         self.note_seen(mine.columns)
 
+    def drop_columns(self, columns: int) -> None:
+        """Forget the first ``columns`` columns of the caller, which hold no token of any row."""
+        rows = self.rows
+        if rows is None or not columns:
+            return
+        self.count(rows, -columns)
+        self.prompt_ends = None if self.prompt_ends is None else self.prompt_ends - columns
+        for layer in self.layers:
+            if not isinstance(layer, ThoughtLayer):
+                renumber_own(layer, rows.columns)
+
     def fork(self) -> PTECache:
         """An independent cache with the same content; no tensor is copied, so only one may write to slots."""
         other = copy.copy(self)
-        other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else _fork_own(layer) for layer in self.layers]
+        other.layers = [layer.fork() if isinstance(layer, ThoughtLayer) else fork_own(layer) for layer in self.layers]
         other.state = self.state.fork()
         return other
 
@@ -297,7 +317,7 @@ class PTECache(Cache):
         layer = self.layers[index]
         layers: list[Any] = [_NoLayer()] * len(self.layers)
         other.layers = layers
-        other.layers[index] = layer.fork() if isinstance(layer, ThoughtLayer) else _fork_own(layer)
+        other.layers[index] = layer.fork() if isinstance(layer, ThoughtLayer) else fork_own(layer)
         other.state = ThoughtState(len(self.layers))
         other.state.layers[index] = self.state.layers[index]
         # Nor the pass, which may keep this one: a circle would hold its masks until the garbage collector comes by.
@@ -319,7 +339,7 @@ class PTECache(Cache):
             if isinstance(layer, ThoughtLayer):
                 layer.map(function)
             else:
-                _map_own(layer, function)
+                map_own(layer, function)
         self.state.map(function)
 
     def become(self, other: PTECache) -> None:
@@ -376,17 +396,15 @@ class PTECache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, state and all."""
-        self._map_rows(
-            lambda part: part.repeat_interleave(repeats, dim=0), lambda layer: layer.batch_repeat_interleave(repeats)
-        )
+        self._map_rows(lambda part: part.repeat_interleave(repeats, dim=0), lambda layer: repeat_own(layer, repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, state and all."""
-        self._map_rows(lambda part: part[indices], lambda layer: layer.batch_select_indices(indices))
+        self._map_rows(lambda part: part[indices], lambda layer: select_own(layer, indices))
 
     def to(self, device: torch.device | str) -> PTECache:
         """Move everything to ``device``; returns the cache itself."""
-        self._map_rows(lambda part: part.to(device), lambda layer: _map_own(layer, lambda part: part.to(device)))
+        self._map_rows(lambda part: part.to(device), lambda layer: map_own(layer, lambda part: part.to(device)))
         return self
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
@@ -466,33 +484,6 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
             "without a cache."
         )
     cache.adapter = adapter
-
-
-def _own_tensors(layer: Any) -> list[Tensor]:
-    """Every tensor of a layer that is the model's own."""
-    parts = [entry for part in vars(layer).values() for entry in (part.values() if isinstance(part, dict) else (part,))]
-    return [part for part in parts if isinstance(part, Tensor)]
-
-
-def _fork_own(layer: Any) -> Any:
-    """A layer of the model's own with the same content; tables are its own, tensors are shared."""
-    other = copy.copy(layer)
-    for name, part in vars(layer).items():
-        if isinstance(part, dict):
-            setattr(other, name, dict(part))
-    return other
-
-
-def _map_own(layer: Any, function: Callable[[Any], Any]) -> None:
-    for name, part in vars(layer).items():
-        if isinstance(part, (Tensor, Place)):
-            setattr(layer, name, function(part))
-        elif isinstance(part, dict):
-            # Layers of linear attention keep their states by number.
-            held = {
-                key: function(value) if isinstance(value, (Tensor, Place)) else value for key, value in part.items()
-            }
-            setattr(layer, name, held)
 
 
 def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int, static: bool) -> Any:

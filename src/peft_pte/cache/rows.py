@@ -60,6 +60,7 @@ class Rows:
         ended: ``[B]``, True for rows that ended in the generation before the next call; ``None``: none did.
         padding_token: What that generation appended to them.
         positions: ``[B, W + 1]``, absolute position of the thought in each slot, where all heads hold the same ones.
+        replaced: Whether rows were replaced, so that some start at other columns than their prompt says.
         paused: Rows that steps leave as they are: which go on, ``[B]``, and the same on the host; ``None``: all do.
     """
 
@@ -74,6 +75,7 @@ class Rows:
         self.ended: Tensor | None = None
         self.padding_token: int | None = None
         self.positions = torch.zeros(batch, window + 1, dtype=torch.long, device=device)
+        self.replaced = False
         self.paused: tuple[Tensor, list[bool]] | None = None
         self._prompts: list[int] | None = None
         self._slots = torch.arange(window, device=device)
@@ -114,6 +116,13 @@ class Rows:
         if self._prompts is None:
             self._prompts = self.prompt_mask.sum(dim=1).tolist()
         return max(prompt + thoughts for prompt, thoughts in zip(self._prompts, self.bound, strict=True))
+
+    @property
+    def past(self) -> Tensor | None:
+        """``[B, .]``, False where a column that was seen holds no token of a row; those behind the last hold tokens. ``None``: all do."""
+        if not self.replaced:
+            return self.prompt_mask
+        return torch.arange(self.columns, device=self.device) >= (self.columns - self.lengths)[:, None]
 
     @property
     def empty(self) -> Tensor:
@@ -193,6 +202,7 @@ class Rows:
         if self.ended is not None:
             self.ended = self.ended.index_fill(0, there, False)
         self.columns = max(self.columns, other.columns)
+        self.replaced = True
 
     def unrolling(self) -> Unrolling:
         """How what stands in slots becomes columns: each row from its oldest thought to its newest, which is the last."""

@@ -121,7 +121,7 @@ def _run_passes(
     config, seen = seam.config(adapter), call.seen
     rows = None if cache.window is None else cache.rows_for(call.shape[0], call.device)
     layout = _lay_out(seam, adapter, call, cache, ends, generation)
-    past = call.mask[:, :seen] if rows is None and call.mask is not None else None if rows is None else rows.prompt_mask
+    past = call.mask[:, :seen] if rows is None and call.mask is not None else None if rows is None else rows.past
     positions = layout.pack(positions_of(seam, call, generation))
     turn, counts = None, Counts(0, 0, 0, layout.columns, 0)
     if rows is not None:

@@ -116,6 +116,9 @@ class Batch:
                 columns = max(columns, len(waiting[0].tokens))
                 if joining and columns * (len(joining) + 1) > self.sizes.prefilled:
                     break
+                if joining and not self.cache.bounds_all and not joining[0].alike(waiting[0]):
+                    # Layers of the model's own would count the padding.
+                    break
                 joining.append(waiting.popleft())
             rows, free = free[: len(joining)], free[len(joining) :]
             self._prefill(rows, joining)
@@ -170,6 +173,12 @@ class Batch:
         self.logits = None
         self._going = None
 
+    def _drop_columns(self) -> None:
+        """Let columns in which no row has a token be forgotten, where layers keep masks of them."""
+        rows = self.cache.rows
+        if rows is not None and not self.cache.bounds_all:
+            self.cache.drop_columns(rows.columns - rows.longest)
+
     def _prefill(self, rows: list[int], joining: list[Request]) -> None:
         """Read what the requests that are ``joining`` go on from, and let ``rows`` hold it."""
         different = list(dict.fromkeys((request.tokens, request.prompt) for request in joining))
@@ -198,6 +207,7 @@ class Batch:
             fresh.batch_select_indices(index.to(self.device))
             logits = logits[index.to(self.device)]
         self.cache.replace_rows(rows, fresh)
+        self._drop_columns()
         self._going = None
         if self.logits is None:
             self.logits = logits.new_zeros(len(self.requests), logits.shape[1])

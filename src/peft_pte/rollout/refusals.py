@@ -44,10 +44,12 @@ def refuse_batch(seam: Seam, adapter: str, config: Any) -> None:
             "`generate_batch` needs rows of constant size, so PTEConfig(cache_window=...), got None. Use `generate`; in TRL, "
             "use_transformers_continuous_batching=False."
         )
-    if not seam.refills_rows(adapter):
+    static = config.cache_implementation == "static"
+    if not seam.refills_rows(adapter, static):
+        instead = "Leave `cache_implementation` unset, or use" if static and not seam.counts_columns else "Use"
         raise NotImplementedError(
-            "`generate_batch` refills rows, and this model (its sliding or linear attention, or its positions) counts columns, which are "
-            "the same for all rows. Use `generate`; in TRL, use_transformers_continuous_batching=False."
+            "`generate_batch` refills rows, and this model (its positions, or its sliding attention at fixed addresses) counts columns, which are "
+            f"the same for all rows. {instead} `generate`; in TRL, use_transformers_continuous_batching=False."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -49,6 +49,10 @@ class Request:
         """Whether nothing more is written."""
         return self.ended >= 0
 
+    def alike(self, other: Request) -> bool:
+        """Whether the tokens of both stand in the same columns."""
+        return len(self.tokens) == len(other.tokens) and self.prompt == other.prompt
+
     def draws(self) -> torch.Tensor:
         """``[limit]``, float64 in ``[0, 1)``: what its tokens are chosen by, the same wherever and beside whom it is written."""
         generator = torch.Generator().manual_seed(self.seed)

@@ -106,8 +106,7 @@ class PTEModel(BaseTuner):
         """
         if not Seam.require(self.model).refills_rows(self.active_adapters[0]):
             raise NotImplementedError(
-                "Rows can be replaced where nothing of the model counts columns: its sliding or linear attention, or its positions, do. Decode the "
-                "new prompts in a cache of their own."
+                "Rows can be replaced where the model does not number columns, as this one does. Decode the new prompts in a cache of their own."
             )
         fresh = self.new_cache()
         output = self.model(
