@@ -158,7 +158,7 @@ def _not_tried(session: Session, base: Any, peer: str, case: DecodeCase, reserve
     """Why ``peer`` is left out, or ``None``."""
     if peer == "kvpress" and importlib.util.find_spec("kvpress") is None:
         return "not run: kvpress is not installed here; it pins another transformers, see benchmarks/README.md"
-    if peer == "pte_reference" and _auto_is_reference(session.device):
+    if peer == "pte_reference" and not session.gpu:
         return 'same as "pte": impl="auto" is the reference on this device'
     if session.gpu and peer.startswith("pte") and case.length > 4 * case.window and (peer != "pte" or case.batch > 1):
         return "not run: the cache holds the same at every length, which `pte` at batch 1 shows; it takes long to get there"
@@ -168,12 +168,6 @@ def _not_tried(session: Session, base: Any, peer: str, case: DecodeCase, reserve
     ):
         reason = "skipped: the rest of the budget is for the other shapes; give --shapes or a larger --budget"
     return reason
-
-
-def _auto_is_reference(device: torch.device) -> bool:
-    from peft_pte.ops import resolve_impl
-
-    return resolve_impl("auto", device) == "reference"
 
 
 def _does_not_fit(session: Session, base: Any, peer: str, case: DecodeCase) -> str | None:

@@ -126,7 +126,7 @@ def delta_segment(s: Shape, tokens: int, inner: int, outer: int) -> Account:
 
 
 def delta_group(s: Shape, inner: int, outs: tuple[int, ...]) -> Account:
-    """One group of linears at one token per sequence, both launches: everything read once, the outputs changed in place."""
+    """One group of linears at one token per sequence, all launches: everything read once, the outputs changed in place."""
     group, tokens = len(outs), s.batch
     read = (tokens * inner + group * s.rank * inner) * s.itemsize + tokens * s.queries * s.rank * STATE_BYTES
     between = 2 * group * tokens * s.queries * STATE_BYTES
@@ -179,7 +179,7 @@ def render(batch: int = 64) -> str:
         "GFLOP",
         "µs",
         "of a step",
-        "`delta_group_` q, k, v, MB",
+        "`delta_read`, `delta_add_` q, k, v, MB",
         "all adapters, MB",
         "µs",
         "of a step",

@@ -73,9 +73,9 @@ class VariantEncoder(PTEEncoder):
 class NormalizedReading(PTELinear):
     """A linear whose adapters read ``Norm(S)``."""
 
-    def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
-        x, state = super()._by_sequence(x, adapter)
-        return x, normalize_rows(state.mT).mT if self.by_key[adapter] else normalize_rows(state)
+    def _told(self, state: Tensor, adapter: str) -> Tensor:
+        state = super()._told(state, adapter)
+        return normalize_rows(state.mT).mT if self.by_key[adapter] else normalize_rows(state)
 
 
 def mean_product(scores: Tensor, values: Tensor) -> Tensor:

@@ -132,8 +132,9 @@ class PTEConfig(PeftConfig):
             labels or the prefill of ``generate``, which is a guess of that call. ``prompt_length=`` of a call overrides it.
         backprop_through_cache: ``True``: the gradient of a scoring call flows through the cached keys and values.
             ``False``: they are detached at every eviction; the gradient still flows through the states.
-        impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``. This field and those below are choices
-            of the machine, not of the adapter: they change no result and are not saved.
+        impl: Who computes: ``"reference"`` (torch), ``"triton"``, or ``"auto"``, the faster one: on a GPU both are timed once, elsewhere it
+            is the reference. This field and those below are choices of the machine, not of the adapter: they change no result and are
+            not saved.
         segment_length: With gradient checkpointing, columns of one pass of the backbone. Between passes a scoring call keeps keys and
             values alone; a longer pass is faster and needs more memory. ``None``: the window, or 512 where that is more.
         chunk_length: Columns that a layer takes at once. ``None``: the window.

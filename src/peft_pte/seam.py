@@ -23,6 +23,7 @@ from .host.sites import Site, find_sites
 from .host.trial import counts_columns
 from .method.encoder import CHILD_NAME, PTEEncoder
 from .method.layer import PTELinear, weight_of
+from .method.stacks import Stacks
 from .passes.boundary import PromptSpec, PromptWatch
 from .passes.layout import Layout
 from .passes.statistics import Statistics
@@ -68,8 +69,19 @@ class Seam:
         self.statistics = Statistics()
         self.prompt_watch = PromptWatch(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.calls = Calls()
+        self.stacks = Stacks()
+        self.groups: dict[int, list[tuple[PTELinear, ...]]] = {}
         # A hook that dispatches weights over devices may have replaced the forward of the instance already.
         self.dispatched = self.backbone.__dict__.get("forward")
+
+    def find_groups(self) -> None:
+        """Note by layer which adapted linears read one and the same tensor, in the order in which they run."""
+        self.groups = {index: [] for index in self.sites}
+        linears = {name: module for name, module in self.model.named_modules() if isinstance(module, PTELinear)}
+        for names in self.found.together:
+            group = tuple(linears[name] for name in names if name in linears)
+            if len(group) > 1 and len({linear.layer_index for linear in group}) == 1:
+                self.groups[group[0].layer_index].append(group)
 
     @property
     def sites(self) -> dict[int, Site]:
@@ -114,11 +126,7 @@ class Seam:
 
     def encoded_layers(self, adapter: str) -> list[int]:
         """Layers that have an encoder of ``adapter``."""
-        return [
-            index
-            for index, site in self.sites.items()
-            if hasattr(site.attention, CHILD_NAME) and self.encoder(index).holds(adapter)
-        ]
+        return list(self.encoders(adapter))
 
     @property
     def layer_devices(self) -> list[torch.device]:
@@ -133,7 +141,13 @@ class Seam:
 
     def encoders(self, adapter: str) -> dict[int, PTEEncoder]:
         """The encoders of ``adapter``, by layer."""
-        return {index: self.encoder(index) for index in self.encoded_layers(adapter)}
+        found: dict[int, PTEEncoder] = {}
+        # Asked at every token: no function of ours is called for a layer.
+        for index, site in self.found.by_index.items():
+            encoder = site.attention._modules.get(CHILD_NAME)
+            if isinstance(encoder, PTEEncoder) and adapter in encoder.settings:
+                found[index] = encoder
+        return found
 
     def encoder(self, layer_index: int) -> PTEEncoder:
         """The encoder of a layer that has one."""
@@ -142,7 +156,7 @@ class Seam:
 
     def active_adapter(self) -> str | None:
         """The PTE adapter in use, or ``None`` where the model is to be its base model."""
-        for site in self.sites.values():
+        for site in self.found.by_index.values():
             encoder = getattr(site.attention, CHILD_NAME, None)
             if encoder is not None and (adapter := encoder.current_adapter()) is not None:
                 return adapter

@@ -47,8 +47,8 @@ Down = Float[Tensor, "R inner"]
 Up = Float[Tensor, "outer Q"]
 Output = Float[Tensor, "B T outer"]
 GroupDown = Float[Tensor, "ranks inner"]
-GroupUp = Float[Tensor, "_ Q"]
-GroupOutput = Float[Tensor, "B T _"]
+OneToken = Float[Tensor, "B 1 inner"]
+Rows = Float[Tensor, "B outer"]
 Positions = Int[Tensor, "B N"]
 
 F = TypeVar("F", bound=Callable[..., object])

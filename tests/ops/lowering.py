@@ -80,16 +80,9 @@ def compile_delta(dtype):
     delta._forward._init_fn(hidden, weights[0], state, weights[1], torch.zeros(4, 256, 4096, dtype=dtype), 2.0)
     narrow = torch.zeros(4, 256, 32, dtype=dtype)
     delta._state_backward._init_fn(narrow, narrow, state)
-    outers = (2048, 256, 256)
-    delta._group._init_fn(
-        [torch.zeros(64, outer, dtype=dtype) for outer in outers],
-        torch.zeros(64, 1, 2048, dtype=dtype),
-        torch.zeros(96, 2048, dtype=dtype),
-        torch.zeros(64, 32, 32),
-        [torch.zeros(outer, 32, dtype=dtype) for outer in outers],
-        [2.0] * 3,
-        [32] * 3,
-    )
+    token, group = torch.zeros(64, 1, 2048, dtype=dtype), torch.zeros(96, 2048, dtype=dtype)
+    reads = delta._read._init_fn(token, group, torch.zeros(64, 32, 32))
+    delta._add._init_fn(torch.zeros(64, 4096, dtype=dtype), reads[:, 0], weights[1], 2.0)
 
 
 def compile_encode(attention):

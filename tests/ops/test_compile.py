@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_pte.ops import compress_, delta, delta_group_, encode
+from peft_pte.ops import compress_, delta, delta_add_, delta_read, encode
 from tests.ops.common import DEVICE, IMPLEMENTATIONS
 from tests.ops.test_compress import make_case, repeated
 
@@ -54,8 +54,10 @@ def test_delta_group(impl):
     weights = [torch.randn(outer, 12, device=DEVICE) for outer in (9, 6)]
 
     def linears(hidden):
-        bases = [hidden @ weight.T for weight in weights]
-        delta_group_(bases, hidden, down, state, ups, [1.7, 0.3], impl=impl)
+        bases = [hidden[:, 0] @ weight.T for weight in weights]
+        reads = delta_read(hidden, down, state, impl=impl)
+        for base, read, up, scale in zip(bases, reads, ups, (1.7, 0.3), strict=True):
+            delta_add_(base, read, up, scale=scale, impl=impl)
         return torch.cat(bases, dim=-1)
 
     with torch.no_grad():
@@ -74,8 +76,8 @@ def test_compress(impl):
 
 def test_operations_are_declared_as_they_behave():
     from peft_pte.ops.compress.triton import _compress
+    from peft_pte.ops.delta.triton import _add, _read
     from peft_pte.ops.delta.triton import _forward as delta_forward
-    from peft_pte.ops.delta.triton import _group
     from peft_pte.ops.encode.triton import _recur, _updates
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -88,8 +90,8 @@ def test_operations_are_declared_as_they_behave():
         torch.randn(*shape, device=DEVICE) for shape in ((2, 7, 12), (5, 12), (2, 4, 5), (9, 4), (2, 7, 9))
     )
     torch.library.opcheck(delta_forward, (hidden, down, state, up, onto, 1.7), test_utils=checks)
-    bases = [onto.flatten(end_dim=1)]
-    torch.library.opcheck(_group, (bases, hidden, down, state, [up], [1.7], [5]), test_utils=checks)
+    torch.library.opcheck(_read, (hidden[:, :1], down, state), test_utils=checks)
+    torch.library.opcheck(_add, (onto[:, 0], torch.randn(3, 2, 4, device=DEVICE), up, 1.7), test_utils=checks)
     case = make_case(padded=True)
     folded = torch.randn(2, 5, 40, device=DEVICE)
     cached = (case["state"], case["keys"].nan_to_num(), case["values"].nan_to_num(), case["slots"], folded)

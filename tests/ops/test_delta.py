@@ -5,19 +5,19 @@ from functools import partial
 import pytest
 import torch
 
-from peft_pte.ops import delta, delta_group_
+from peft_pte.ops import delta, delta_add_, delta_read
 from peft_pte.ops.delta.reference import CastProduct
 from tests.ops.common import DEVICE, IMPLEMENTATIONS, TOLERANCE, assert_matches
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (B, T, in, out, Q, R)
 SIZES = [(1, 1, 16, 16, 1, 1), (3, 1, 33, 20, 4, 6), (2, 63, 70, 100, 32, 8), (1, 300, 24, 17, 5, 32)]
-# (B, T, in, outs, Q, R, ranks)
+# (B, in, outs, Q, R)
 GROUPS = [
-    (1, 1, 16, [8], 1, 1, [1]),
-    (3, 1, 300, [20, 33, 7], 4, 6, [6, 6, 6]),
-    (37, 1, 1100, [70, 150], 32, 32, [32, 32]),
-    (2, 5, 70, [10, 300, 10, 11], 5, 17, [17, 3, 1, 8]),
+    (1, 16, [8], 1, 1),
+    (3, 300, [20, 33, 7], 4, 6),
+    (37, 1100, [70, 150], 32, 32),
+    (2, 70, [10, 300, 10, 11], 5, 17),
 ]
 
 
@@ -157,20 +157,22 @@ def test_gradients_of_the_cast_product():
     assert torch.autograd.gradgradcheck(lambda *args: CastProduct.apply(*args, torch.float64), (hidden, down))
 
 
-def make_group(batch, tokens, inner, outs, queries, rank, ranks):
-    hidden, _, state, _, _ = make_operands(batch, tokens, inner, 1, queries, rank)
-    down = torch.randn(sum(ranks), inner, dtype=torch.float64, device=DEVICE)
+def make_group(batch, inner, outs, queries, rank):
+    hidden, _, state, _, _ = make_operands(batch, 1, inner, 1, queries, rank)
+    down = torch.randn(len(outs) * rank, inner, dtype=torch.float64, device=DEVICE)
     ups = [torch.randn(outer, queries, dtype=torch.float64, device=DEVICE) / queries**0.5 for outer in outs]
-    bases = [torch.randn(batch, tokens, outer, dtype=torch.float64, device=DEVICE) for outer in outs]
+    bases = [torch.randn(batch, outer, dtype=torch.float64, device=DEVICE) for outer in outs]
     return hidden, down, state, ups, bases, [1.7 / (index + 1) for index in range(len(outs))]
 
 
-def expected_group(hidden, down, state, ups, bases, scales, ranks):
-    parts = down.split(ranks)
-    return [
-        oracle(hidden, part, state[..., :rank], up, base, scale=scale)
-        for part, up, base, scale, rank in zip(parts, ups, bases, scales, ranks, strict=True)
-    ]
+def expected_group(hidden, down, state, ups, bases, scales):
+    parts = zip(down.chunk(len(ups)), ups, bases, scales, strict=True)
+    return [oracle(hidden, part, state, up, base[:, None], scale=scale)[:, 0] for part, up, base, scale in parts]
+
+
+def add_group_(bases, hidden, down, state, ups, scales, impl):
+    for base, read, up, scale in zip(bases, delta_read(hidden, down, state, impl=impl), ups, scales, strict=True):
+        delta_add_(base, read, up, scale=scale, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,9 +188,8 @@ def test_group(impl, size, dtype):
     )
     state = state.to(torch.float64 if dtype == torch.float64 else torch.float32)
     given = (hidden.double(), down.double(), state.double(), [up.double() for up in ups], [b.double() for b in bases])
-    expected = expected_group(*given, scales, size[-1])
-    # With the state as a part of a wider one, and the outputs side by side as a fused linear gives them.
-    delta_group_(bases, hidden, down, state, ups, scales, ranks=size[-1], impl=impl)
+    expected = expected_group(*given, scales)
+    add_group_(bases, hidden, down, state, ups, scales, impl)
     for found, wanted in zip(bases, expected, strict=True):
         error = (found.double() - wanted).abs().max() / wanted.abs().max()
         assert error < TOLERANCE[dtype], f"{error:.1e}"
@@ -196,29 +197,24 @@ def test_group(impl, size, dtype):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_group_of_mixed_dtypes_and_strides(impl):
-    size = (3, 1, 40, [20, 33, 7], 4, 6, [6, 6, 6])
-    hidden, down, state, ups, bases, scales = make_group(*size)
-    expected = expected_group(hidden, down, state, ups, bases, scales, size[-1])
-    fused = torch.cat(bases, dim=-1).float()
-    views = list(fused.split(size[3], dim=-1))
+    hidden, down, state, ups, bases, scales = make_group(3, 40, [20, 33, 7], 4, 6)
+    expected = expected_group(hidden, down, state, ups, bases, scales)
+    # The state as a part of a wider one, and the outputs side by side as a fused linear gives them.
+    views = list(torch.cat(bases, dim=-1).float().split([20, 33, 7], dim=-1))
     views[1] = views[1].bfloat16()
     wide = torch.full((3, 9, 4), torch.nan, device=DEVICE)
     wide[:, :6] = state.float().mT
-    delta_group_(views, hidden.float(), down.float(), wide[:, :6].mT, [up.float() for up in ups], scales, impl=impl)
+    add_group_(views, hidden.float(), down.float(), wide[:, :6].mT, [up.float() for up in ups], scales, impl)
     for found, wanted, tolerance in zip(views, expected, (4e-6, 2e-2, 4e-6), strict=True):
         assert (found.double() - wanted).abs().max() / wanted.abs().max() < tolerance
 
 
-def test_group_refuses_what_it_cannot_write():
-    hidden, down, state, ups, bases, scales = make_group(3, 2, 8, [6, 6], 4, 5, [5, 5])
-    with pytest.raises(ValueError, match="one entry per linear"):
-        delta_group_(bases, hidden, down, state, ups, scales[:1])
-    with pytest.raises(ValueError, match="`ranks` must add up"):
-        delta_group_(bases, hidden, down, state, ups, scales, ranks=[4, 4])
-    with pytest.raises(ValueError, match="rows one stride apart"):
-        delta_group_(
-            [bases[0].transpose(0, 1).contiguous().transpose(0, 1), bases[1]], hidden, down, state, ups, scales
-        )
+def test_group_refuses_what_it_cannot_read_or_write():
+    hidden, down, state, ups, bases, _ = make_group(3, 8, [6, 6], 4, 5)
+    with pytest.raises(ValueError, match="`down` must have a multiple of 5 rows"):
+        delta_read(hidden, down[1:], state)
+    with pytest.raises(ValueError, match="contiguous along the last axis"):
+        delta_add_(bases[0].T.contiguous().T, delta_read(hidden, down, state)[0], ups[0])
 
 
 @pytest.mark.gpu
@@ -237,4 +233,4 @@ def test_true_shapes(size, dtype):
     ids=["3B qkv", "7B mlp", "8B down"],
 )
 def test_group_at_true_shapes(inner, outs, batch):
-    test_group("triton", (batch, 1, inner, outs, 32, 32, [32] * len(outs)), torch.bfloat16)
+    test_group("triton", (batch, inner, outs, 32, 32), torch.bfloat16)

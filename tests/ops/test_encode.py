@@ -119,10 +119,10 @@ def test_the_registry_of_updates_is_what_the_config_knows():
 
 
 def test_auto_is_resolved_and_visible():
-    assert resolve_impl("auto", torch.device(DEVICE)) == "reference"
-    assert resolve_impl("triton", torch.device(DEVICE)) == "triton"
+    assert resolve_impl("auto", torch.device("cpu"), "encode", torch.float32, 1) == "reference"
+    assert resolve_impl("triton", torch.device(DEVICE), "encode", torch.float32, 1) == "triton"
     with pytest.raises(ValueError, match="`impl` must be one of"):
-        resolve_impl("cuda", torch.device("cpu"))
+        resolve_impl("cuda", torch.device("cpu"), "encode", torch.float32, 1)
 
 
 def test_unknown_attention():

@@ -8,7 +8,7 @@ knows nothing of who encodes.
 from __future__ import annotations
 
 import copy
-import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -157,7 +157,7 @@ class PTECache(Cache):
     @property
     def bounds_all(self) -> bool:
         """Whether all layers are bounded."""
-        return all(isinstance(layer, (ThoughtLayer, DummyLayer)) for layer in self.layers)
+        return not [layer for layer in self.layers if not isinstance(layer, (ThoughtLayer, DummyLayer))]
 
     @property
     def refillable(self) -> bool:
@@ -167,7 +167,11 @@ class PTECache(Cache):
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Columns seen, evicted ones and padding included."""
         if layer_idx is None:
-            layer_idx = next((index for index, _ in self.thought_layers), 0)
+            layer_idx = 0
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, ThoughtLayer):
+                    layer_idx = index
+                    break
         seen = super().get_seq_length(layer_idx)
         # A step that stands ready has been counted; the model that takes it asks for what came before.
         return seen - 1 if self.fixed is not None and self.fixed.ready and not torch.compiler.is_compiling() else seen
@@ -210,8 +214,9 @@ class PTECache(Cache):
 
     def note_seen(self, columns: int) -> None:
         """Let ``columns`` columns have been seen."""
-        for _, layer in self.thought_layers:
-            layer.seen = columns
+        for layer in self.layers:
+            if isinstance(layer, ThoughtLayer):
+                layer.seen = columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of a mask that the host makes, and the first of them; of bounded layers one, unless images are looked for in it."""
@@ -232,8 +237,11 @@ class PTECache(Cache):
 
     def reading(self, index: int) -> Reading | None:
         """What the adapters of a layer read in a step at fixed addresses; ``None``: it has none."""
-        state = None if self.fixed is None else self.fixed.states.get(index)
-        return None if state is None else Reading(state, state.shape[0], 1, self.adapter or "")
+        fixed = self.fixed
+        state = None if fixed is None else fixed.states.get(index)
+        if fixed is None or state is None:
+            return None
+        return Reading(state, state.shape[0], 1, self.adapter or "", read={}, downs=fixed.downs.get(index, {}))
 
     def make_rows(self, batch: int, prompt: int, device: torch.device) -> None:
         """Let an empty cache have ``batch`` rows that hold nothing, with slots for prompts of ``prompt``; each is to be replaced."""
@@ -435,24 +443,30 @@ class _NoLayer:
 
 def held_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's distinct elements: rows that an expanded tensor repeats are held once."""
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size for size, stride in axes if stride or not size) * tensor.element_size()
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return elements * tensor.element_size()
+
+
+_SHARED_FIELDS = operator.attrgetter(
+    "key_rotation",
+    "state_address",
+    "cache_window",
+    "eviction",
+    "r",
+    "num_global_tokens",
+    "state_update",
+    "encoder_attention",
+    "update_gain",
+)
 
 
 def fingerprint(config: PTEConfig) -> tuple[Any, ...]:
     """What two adapters must share to be able to use one cache."""
     evict = None if config.cache_window is None else config.tokens_per_eviction
     prompt_end = tuple(config.prompt_end) if isinstance(config.prompt_end, list) else config.prompt_end
-    fields = ("cache_window", "eviction", "r", "num_global_tokens", "state_update", "encoder_attention", "update_gain")
-    ranks = tuple(sorted(config.rank_pattern.items()))
-    return (
-        evict,
-        ranks,
-        prompt_end,
-        config.key_rotation,
-        config.state_address,
-        *(getattr(config, name) for name in fields),
-    )
+    return (evict, tuple(sorted(config.rank_pattern.items())), prompt_end, *_SHARED_FIELDS(config))
 
 
 def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
@@ -478,7 +492,7 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
             f"`past_key_values` holds thoughts of the adapter {cache.adapter!r}, got the adapter {adapter!r} now: neither "
             "can read the other's states. Activate the first again, or start with a cache of its own."
         )
-    if cache.static and torch.is_grad_enabled():
+    if cache.fixed is not None and torch.is_grad_enabled():
         raise NotImplementedError(
             "A static cache is written in place, so no gradient can flow through it. Decode under torch.no_grad(), or score "
             "without a cache."

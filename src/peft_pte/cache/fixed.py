@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.state import LayerState, ThoughtState
+from ..method.state import LayerState, Stacked, ThoughtState
 from .store import at_address
 
 
@@ -19,11 +19,14 @@ class FixedAddresses:
         states: By layer, what its adapters read: ``[B, Q, R]`` in the dtype they compute in.
         ready: Whether the next call is a step that was prepared, with a mask over the slots: a caller's own 4D mask is not one.
         stale: Whether the states of the cache have moved on without those that are read here.
+        downs: By layer, weights of linears that read the same input.
         positions: ``[B, 1]``, where the tokens of the step stand, for hosts that do not hand them on.
     """
 
     def __init__(self) -> None:
         self.states: dict[int, Tensor] = {}
+        self.downs: dict[int, dict[str, Stacked]] = {}
+        self._written: dict[tuple[int, str], Stacked] = {}
         self.ready, self.stale = False, True
         self.positions: Tensor | None = None
         self._stacked: dict[tuple[int, ...], Tensor] = {}
@@ -58,6 +61,22 @@ class FixedAddresses:
         else:
             self.positions.copy_(positions)
 
+    def write_downs(self, index: int, downs: dict[str, Stacked]) -> None:
+        """Let ``downs`` be what the linears of a layer share."""
+        held = self.downs.get(index, {})
+        if held.keys() != downs.keys():
+            held = self.downs[index] = {}
+        for name, stacked in downs.items():
+            known = held.get(name)
+            if self._written.get((index, name)) is stacked:
+                continue
+            self._written[index, name] = stacked
+            if known is not None and known.names == stacked.names and _kind(known.down) == _kind(stacked.down):
+                known.down.copy_(stacked.down)
+            else:
+                held[name] = stacked
+                torch._dynamo.mark_static_address(stacked.down)
+
     def write_state(self, state: ThoughtState, index: int, value: Tensor, dtype: torch.dtype) -> None:
         """Let ``value [B, Q, R]`` be the state of a layer, and what its adapters read."""
         read = self.states.get(index)
@@ -85,3 +104,7 @@ class FixedAddresses:
         """Apply ``function``, which acts on the batch axis or on the device."""
         self.states = {index: at_address(part, function(part)) for index, part in self.states.items()}
         self._stacked = {}
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device

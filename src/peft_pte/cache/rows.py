@@ -229,19 +229,26 @@ class Rows:
         counts, running = self.thoughts, self.running
         if real is not None:
             running = real if running is None else running & real
-        evicting = [
-            row
-            for row, count in enumerate(self.bound)
-            if is_due(count, self.window, self.step) and (writes is None or writes[row])
-        ]
+        first, in_step = self.bound[0], self.in_step
+        if in_step and not is_due(first, self.window, self.step):
+            evicting = []
+        else:
+            evicting = [
+                row
+                for row, count in enumerate(self.bound)
+                if is_due(count, self.window, self.step) and (writes is None or writes[row])
+            ]
         leaving = self._leaving(evicting, running) if evicting else None
-        if self.in_step:
-            write = torch.full_like(counts, self.bound[0] % self.window)
+        if in_step:
+            write = torch.full_like(counts, first % self.window)
         else:
             write = counts % self.window
         if running is not None:
             write = torch.where(running, write, self.window)
-        self.bound = [count + (writes is None or writes[row]) for row, count in enumerate(self.bound)]
+        if in_step and writes is None:
+            self.bound = [first + 1] * len(self.bound)
+        else:
+            self.bound = [count + (writes is None or writes[row]) for row, count in enumerate(self.bound)]
         self.thoughts = counts + 1 if running is None else counts + running
         slots = self.prompt + min(max(self.bound), self.window)
         return Step(leaving, write, write + self.prompt, positions, slots)

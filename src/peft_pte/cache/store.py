@@ -390,11 +390,11 @@ class ThoughtLayer(CacheLayerMixin):
 
     def ready(self, step: Step, write: Tensor) -> None:
         """Be ready for one more token of each row, which goes into the slots ``write [B]`` of this layer."""
-        self.write, self.slots = write, step.slots
+        block = self.block or self.at_rest
+        self.write, self.slots = write.to(block.keys.device), step.slots
         if not self.policy.uniform:
             held = self.slot_positions
             if held is None:
-                block = self.at_rest
                 held = step.write.new_zeros(*block.keys.shape[:2], self.window).to(block.keys.device)
             there = step.write.to(held.device)[:, None, None].expand(-1, held.shape[1], 1)
             new = step.positions.to(held.device)[:, None, None].expand_as(there)
@@ -402,18 +402,19 @@ class ThoughtLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, G, T, head_dim]`` and return all that attention may see."""
-        new = KeyValue(key_states, value_states)
         if self.write is None:
-            return self._append(new)
-        block, there = self.at_rest, self.write[:, None, None, None]
-        pairs = zip(block, new, strict=True)
-        if self._in_place(new.keys, block.keys):
-            for part, more in pairs:
-                part.scatter_(2, there.expand_as(more), more)
+            return self._append(KeyValue(key_states, value_states))
+        (keys, values), there = self.block or self.at_rest, self.write[:, None, None, None]
+        if self.frozen or key_states.requires_grad or keys.requires_grad:
+            keys = keys.scatter(2, there.expand_as(key_states), key_states)
+            values = values.scatter(2, there.expand_as(value_states), value_states)
+            self.block = KeyValue(keys, values)
         else:
-            block = KeyValue(*(part.scatter(2, there.expand_as(more), more) for part, more in pairs))
-            self.block = block
-        return block if self.static else block.narrow(0, self.slots)
+            keys.scatter_(2, there.expand_as(key_states), key_states)
+            values.scatter_(2, there.expand_as(value_states), value_states)
+        if self.static:
+            return keys, values
+        return keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
 
     def _append(self, new: KeyValue) -> KeyValue:
         seen, count = _joined((*self.prompt, *self.recent, new)), self.new_prompt
@@ -467,7 +468,7 @@ class ThoughtLayer(CacheLayerMixin):
         """One slot: the masks of bounded layers are made chunk by chunk, and what the host makes for them is not used."""
         return 1, 0
 
-    def get_seq_length(self) -> Any:
+    def get_seq_length(self, *args: Any) -> Any:
         """Tokens seen, evicted ones and padding included; a tensor where a tracer asks."""
         return self.seen_tensor if torch.compiler.is_compiling() and self.seen_tensor is not None else self.seen
 

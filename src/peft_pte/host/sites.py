@@ -80,6 +80,8 @@ class Sites:
     """Whether layers get a mask even where they see all that is not later."""
     rotary: bool = False
     """Whether positions are told by rotation, so that there is no last one."""
+    together: list[list[str]] = field(default_factory=list)
+    """Names of linears that read one and the same tensor, in the order in which they run; empty where that was not tried out."""
 
 
 def find_sites(model: PreTrainedModel) -> Sites:
@@ -142,14 +144,14 @@ def find_sites(model: PreTrainedModel) -> Sites:
         for index, name, module, _ in found
         if index in sites and sites[index].evicts and id(module) not in working
     )
-    readers = (
-        frozenset() if trial is None else frozenset(f"{prefix}.{name}" if prefix else name for name in trial.readers)
-    )
+    within = f"{prefix}." if prefix else ""
+    readers = frozenset() if trial is None else frozenset(within + name for name in trial.readers)
+    together = [] if trial is None else [[within + name for name in names] for names in trial.together]
     parts = (site.key_rotation or site.value_rotation or site.unknown_rotation for site in sites.values())
     masked = trial is not None and any(
         layer in trial.masked for site, layer in zip(sites.values(), layers, strict=True) if site.evicts
     )
-    return Sites(backbone, dict(sorted(sites.items())), readers, idle, masked, any(parts))
+    return Sites(backbone, dict(sorted(sites.items())), readers, idle, masked, any(parts), together)
 
 
 def _attentions(model: PreTrainedModel) -> Iterator[tuple[int, str, nn.Module, str]]:

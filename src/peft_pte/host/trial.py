@@ -49,6 +49,8 @@ class Trial:
     """Why nothing was written, by layer of the cache."""
     readers: frozenset[str]
     """Names of linears below the backbone that read what is cached, so more than the tokens of the call."""
+    together: list[list[str]]
+    """Names of linears below the backbone that read one and the same tensor, in the order in which they run."""
     token_axes: dict[nn.Module, dict[str, int]]
     """By decoder layer: its inputs that have a token axis, and which it is, counted from the last."""
     masked: set[nn.Module]
@@ -161,6 +163,8 @@ class _Notes:
         self.inputs: dict[nn.Module, dict[str, Any]] = {}
         self.calls: dict[int, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
         self.readers: set[str] = set()
+        # With the tensors themselves, or others might come to be known by their ids.
+        self.read: dict[tuple[int, int], tuple[Tensor, list[str]]] = {}
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -190,8 +194,12 @@ class _Notes:
 
     def _count(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].shape[:-1].numel() > 1:
+            if not args or not isinstance(args[0], Tensor):
+                return
+            if args[0].shape[:-1].numel() > 1:
                 self.readers.add(name)
+            if self.attentions:
+                self.read.setdefault((id(args[0]), args[0]._version), (args[0], []))[1].append(name)
 
         return count
 
@@ -215,7 +223,8 @@ def _read(seen: list[_Notes]) -> Trial:
             continue
         writers[index] = module
         cached[index] = Cached((here.keys, there.keys), (here.values, there.values), (first.position, second.position))
-    return Trial(cached, writers, failed, frozenset(first.readers & second.readers), {}, set())
+    together = [names for _, names in first.read.values() if len(names) > 1]
+    return Trial(cached, writers, failed, frozenset(first.readers & second.readers), together, {}, set())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import PTEConfig
-from ..ops import delta, delta_group_, resolve_impl
-from .state import read_state
+from ..ops import delta, for_tokens, resolve_impl
+from ..ops.delta import TokenOps
+from .state import Reading, bound, read_state
 
 MERGE_REFUSED = (
     "A PTE adapter cannot be merged: its weight `dW = A S B` is different for every sequence and changes while the "
@@ -42,7 +43,11 @@ def without_lora_arguments(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of an adapted model: refuse LoRA's arguments, and take those away that are ``None``."""
-    if not any(name in kwargs for name in _LORA_ARGUMENTS):
+    # At every token: no function of ours, and none that a tracer does not know.
+    for name in _LORA_ARGUMENTS:
+        if name in kwargs:
+            break
+    else:
         return None
     refuse_lora_arguments(kwargs)
     return args, {name: value for name, value in kwargs.items() if name not in _LORA_ARGUMENTS}
@@ -122,8 +127,8 @@ class PTELinear(nn.Module, PTELayer):
         self.impl: dict[str, str] = {}
         self.by_key: dict[str, bool] = {}
         self.dropout = nn.ModuleDict()
-        self.pte_down = nn.ModuleDict()
-        self.pte_up = nn.ModuleDict()
+        self.pte_down: Any = nn.ModuleDict()
+        self.pte_up: Any = nn.ModuleDict()
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: PTEConfig, rank: int, alpha: float | None) -> None:
@@ -171,12 +176,41 @@ class PTELinear(nn.Module, PTELayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, T, in] -> [B, T, out]``; the base layer alone while no adapter is in use."""
         result = self.base_layer(x, *args, **kwargs)
-        if self.current_adapter() is None:
+        reading: Reading | None = getattr(bound, "reading", None)
+        if self._disable_adapters or (reading is None and self.current_adapter() is None):
             return result
+        if reading is None:
+            reading = read_state()
         # That of the pass: a checkpoint may run this again after another adapter was made the active one.
-        adapter = read_state().adapter
-        if not self.holds(adapter):
+        adapter = reading.adapter
+        if adapter not in self.r:
             return result
+        if (
+            reading.read is not None
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and self.cast_input_dtype_enabled
+            and not (self.training and isinstance(self.dropout._modules[adapter], nn.Dropout))
+        ):
+            # One token per row. All in one function: it runs for every linear and token.
+            read = reading.ahead.pop(self.name, None) if reading.input is x else None
+            if read is None and x.ndim == 3 and x.shape[0] == reading.rows and x.shape[1] == 1:
+                stacked = reading.downs.get(self.name)
+                down: Tensor = self.pte_down._modules[adapter].weight if stacked is None else stacked.down
+                kind = down.dtype, self.by_key[adapter], self.r[adapter]
+                state, reading.operations = reading.read.get(kind) or self._prepared(reading, kind)
+                # One product down for all that read `x`: what the others take is left for them.
+                read, *others = reading.operations.read(x, down, state)
+                reading.input = x
+                reading.ahead = {} if stacked is None else dict(zip(stacked.names[1:], others, strict=True))
+            operations = reading.operations
+            if read is not None and operations is not None and isinstance(result, Tensor) and result.is_contiguous():
+                rows, up = result.view(reading.rows, -1), self.pte_up._modules[adapter].weight.t()
+                if up.dtype != rows.dtype and not operations.mixes:
+                    read, up = read.to(rows.dtype), up.to(rows.dtype)
+                # Onto what the linear has just made.
+                operations.add_(rows, read, up, alpha=self.scale[adapter])
+                return result
         if not isinstance(result, Tensor):
             raise NotImplementedError(
                 f"`{self.name}` ({type(self.get_base_layer()).__name__}) returns more than one tensor, so it is no linear "
@@ -187,11 +221,21 @@ class PTELinear(nn.Module, PTELayer):
         hidden = self._input(x, adapter, down.dtype)
         rows = result.reshape(*hidden.shape[:2], -1)
         scale, impl = self.scale[adapter], self.impl[adapter]
-        if impl == "triton" and hidden.shape[1] == 1 and not torch.is_grad_enabled():
-            # The kernels for one token per sequence write onto what the linear has just made.
-            delta_group_([rows], hidden, down, state, [up], [scale], impl=impl)
-            return result
         return delta(hidden, down, state, up, scale=scale, onto=rows, impl=impl).reshape(result.shape)
+
+    def _prepared(self, reading: Reading, kind: tuple[torch.dtype, bool, int]) -> tuple[Tensor, TokenOps]:
+        """What linears of this ``kind`` read at one token per row, and how; kept for as long as the state is what it is."""
+        adapter, dtype, device = reading.adapter, kind[0], reading.state.device
+        operations = for_tokens(self.impl[adapter], device, dtype, reading.rows)
+        found = self._told(reading.state, adapter).to(dtype), operations
+        if reading.read is not None:
+            reading.read[kind] = found
+        return found
+
+    def _told(self, state: Tensor, adapter: str) -> Tensor:
+        """What this linear reads of ``S [.., Q, R]``: ``[.., Q, R]``, or ``[.., R, Q]`` by key."""
+        state = state[..., : self.r[adapter]]
+        return state.mT if self.by_key[adapter] else state
 
     def _input(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
         """What the adapter reads. Without dropout ``x`` itself: `delta` casts it, and keeps it as it came."""
@@ -207,7 +251,8 @@ class PTELinear(nn.Module, PTELayer):
 
     def _by_sequence(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
         """The input as ``[B * N, T / N, in]`` and the states that its rows read: ``[.., Q, R]``, or ``[.., R, Q]`` by key."""
-        state, rows, tokens, _ = read_state()
+        reading = read_state()
+        state, rows, tokens = reading.state, reading.rows, reading.tokens
         # Some MLPs flatten the batch; a routed expert gets tokens in an order of its own, even if it gets them all.
         flat = x.ndim == 2 and x.shape[0] == rows * tokens and ".experts." not in self.name
         if not flat and (x.ndim != 3 or x.shape[0] != rows):
@@ -219,12 +264,12 @@ class PTELinear(nn.Module, PTELayer):
         states = state.shape[0]
         if flat or states != rows:
             x = x.reshape(states, rows * tokens // states, -1)
-        state = state[..., : self.r[adapter]]
-        return x, state.mT if self.by_key[adapter] else state
+        return x, self._told(state, adapter)
 
     def resolved_impl(self, adapter_name: str) -> str:
-        """Who computes this layer's adapter where it stands: ``"reference"`` or ``"triton"``."""
-        return resolve_impl(self.impl[adapter_name], weight_of(self.pte_down[adapter_name]).device)
+        """Who computes this layer's adapter where it stands, at one token of one row: ``"reference"`` or ``"triton"``."""
+        weight = weight_of(self.pte_down[adapter_name])
+        return resolve_impl(self.impl[adapter_name], weight.device, "delta_token", weight.dtype, rows=1)
 
     def __repr__(self) -> str:
         return "pte." + super().__repr__()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..ops.delta import TokenOps
 
 
 class Evicted(NamedTuple):
@@ -45,17 +47,31 @@ class LayerState:
 
     value: Tensor | None = None
     """``S [B, Q, R]``, or ``None`` before anything read it (it is ``S0`` then)."""
+    read: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What linears of each kind take of it at one token per row, and by which operations: made once, read at every token."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerState, (self.value,)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """Apply ``function``, which acts on the batch axis or on the device, to every tensor."""
         return LayerState(None if self.value is None else function(self.value))
 
 
+class Stacked(NamedTuple):
+    """Weights of linears that read the same input."""
+
+    names: tuple[str, ...]
+    """Of the linears, in the order in which they run."""
+    down: Tensor
+    """Their ``pte_down``, one above the other."""
+
+
 class ThoughtState:
     """The state of every layer of one batch."""
 
     def __init__(self, num_layers: int) -> None:
-        self.layers: list[LayerState] = [LayerState() for _ in range(num_layers)]
+        self.layers: list[LayerState] = list(map(LayerState, [None] * num_layers))
 
     def fork(self) -> ThoughtState:
         """An independent state with the same content; no tensor is copied."""
@@ -83,10 +99,12 @@ class ThoughtState:
         return torch.stack([norm.to(norms[0].device) for norm in norms]).mean() if norms else None
 
 
-_bound = threading.local()
+bound = threading.local()
+"""Its ``reading`` is what the adapters of the layer read that runs on this thread."""
 
 
-class Reading(NamedTuple):
+@dataclass(slots=True)
+class Reading:
     """What the adapters of one layer read in one forward pass."""
 
     state: Tensor
@@ -97,17 +115,27 @@ class Reading(NamedTuple):
     """Tokens ``T`` per sequence; each state is read by ``T / N`` of them."""
     adapter: str
     """Whose states these are; a layer that runs again in the backward pass has to be the one that it was."""
+    read: dict[Any, Any] | None = None
+    """:attr:`LayerState.read` where one token per row comes and no gradients are taken; ``None``: elsewhere."""
+    operations: TokenOps | None = None
+    """What the linear that runs reads with then."""
+    downs: dict[str, Stacked] = field(default_factory=dict)
+    """By name of the linear that runs first: the weights of those that read what it reads."""
+    input: Tensor | None = None
+    """What the last of those read."""
+    ahead: dict[str, Tensor] = field(default_factory=dict)
+    """``[B, .]`` by name: products down of linears that have yet to run, should ``input`` itself be what they get."""
 
 
 @contextmanager
 def bind(reading: Reading | None) -> Iterator[None]:
     """Within the block, on this thread, adapters read ``reading``; ``None``: the layer that runs has none."""
-    previous = getattr(_bound, "reading", None)
-    _bound.reading = reading
+    previous = getattr(bound, "reading", None)
+    bound.reading = reading
     try:
         yield
     finally:
-        _bound.reading = previous
+        bound.reading = previous
 
 
 def read_state() -> Reading:
@@ -116,7 +144,7 @@ def read_state() -> Reading:
     Raises:
         RuntimeError: No decoder layer of an adapted model runs on this thread.
     """
-    reading: Reading | None = getattr(_bound, "reading", None)
+    reading: Reading | None = getattr(bound, "reading", None)
     if reading is None:
         raise RuntimeError(
             "An adapted layer ran outside its model's forward pass, so there is no thought state for it to read. Call "

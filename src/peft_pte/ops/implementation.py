@@ -1,4 +1,4 @@
-"""Who computes an operation: resolved once per layer, visible, and never changed behind the caller's back."""
+"""Who computes an operation: visible, and never changed behind the caller's back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib.util
 import os
 
 import torch
+
+from .choice import fastest, shape_class
 
 
 @functools.cache
@@ -20,18 +22,26 @@ def triton_available() -> bool:
     return _find_triton()
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
-    """Turn ``"auto"`` into the implementation that runs on ``device``; check an explicit choice.
+def resolve_impl(impl: str, device: torch.device, operation: str, dtype: torch.dtype, rows: int) -> str:
+    """Turn ``"auto"`` into the fastest implementation that runs on ``device``; check an explicit choice.
 
-    ``"auto"`` is the reference on every device: the kernels have been checked for correctness, but their speed has
-    not been measured on a GPU yet, and an unmeasured kernel is no default.
+    Args:
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``.
+        device: Where it is to run. On a GPU ``"auto"`` is timed (:mod:`peft_pte.ops.choice`), on any other it is the reference.
+        operation: ``"compress"``, ``"delta"``, ``"delta_token"`` or ``"encode"``.
+        dtype: Of the weights.
+        rows: ``B``.
 
     Raises:
         ValueError: ``impl`` is no implementation.
         NotImplementedError: Triton was asked for and cannot run here.
     """
-    if impl in ("auto", "reference"):
-        return "reference"
+    if impl == "reference":
+        return impl
+    if impl == "auto":
+        if device.type != "cuda" or not triton_available():
+            return "reference"
+        return fastest(operation, dtype, shape_class(rows), device)
     if impl != "triton":
         raise ValueError(f"`impl` must be one of 'auto', 'reference', 'triton', got {impl!r}.")
     if not triton_available():

@@ -16,7 +16,9 @@ from unittest import mock
 
 import torch
 
-from . import compress_, delta, delta_group_
+from .compress import compress_
+from .delta import delta, delta_add_, delta_read
+from .encode import encode
 from .tuning import FIELDS, blocks_for, capability_of, read_file, tuning_file
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
@@ -58,14 +60,65 @@ def workloads(batch: int, device: torch.device) -> Iterator[tuple[str, str, Call
     state = weights[1][:1].expand(4, -1, -1)
     for operation, shape in (("delta_read", "all"), ("delta_expand", "segment")):
         yield operation, shape, lambda: delta(hidden, weights[0], state, weights[2], onto=onto, impl="triton")
-    token, bases = randn(batch, 1, HIDDEN), [randn(batch, 1, OUTER) for _ in range(2)]
-    down = torch.cat([weights[0]] * 2)
-    for operation, shape in (("delta_group_read", "all"), ("delta_expand", "decode")):
-        yield (
-            operation,
-            shape,
-            lambda: delta_group_(bases, token, down, weights[1], [weights[2]] * 2, [0.0] * 2, impl="triton"),
-        )
+    token, base, down = randn(batch, 1, HIDDEN), randn(batch, OUTER), torch.cat([weights[0]] * 2)
+    yield "delta_group_read", "all", lambda: delta_read(token, down, weights[1], impl="triton")
+
+    def whole_token() -> None:
+        for read in delta_read(token, down, weights[1], impl="triton"):
+            delta_add_(base, read, weights[2], scale=0.0, impl="triton")
+
+    yield "delta_expand", "decode", whole_token
+
+
+def call_of(
+    operation: str, dtype: torch.dtype, shape: str, device: torch.device, impl: str
+) -> Callable[[], torch.Tensor]:
+    """A call of ``operation`` by ``impl``, always on the same numbers; those with gradients are taken with them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+    rows = 1 if shape == "few" else 32
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state, width = randn(rows, RANK, RANK, dtype=wide), HEADS * HEAD_DIM
+    if operation == "compress":
+        cached = [randn(4, rows, HEADS, EVICTED, HEAD_DIM) for _ in range(2)]
+        slots = torch.arange(EVICTED, device=device).expand(rows, -1)
+        operands: Any = [*cached, slots, randn(4, RANK, RANK), randn(4, RANK, width), randn(4, RANK, width)]
+        states = state.expand(4, -1, -1, -1).contiguous()
+
+        def compress() -> torch.Tensor:
+            after = states.clone()
+            compress_(after, *operands, impl=impl)
+            return after
+
+        return compress
+    down, up, hidden = randn(RANK, HIDDEN) / HIDDEN**0.5, randn(HIDDEN, RANK), randn(rows, EVICTED, HIDDEN)
+    if operation == "delta_token":
+        token, base, group = hidden[:, :1].contiguous(), randn(rows, HIDDEN), torch.cat([down] * 3)
+
+        def read_token() -> torch.Tensor:
+            after = base.clone()
+            for read in delta_read(token, group, state, impl=impl):
+                delta_add_(after, read, up, scale=1 / RANK, impl=impl)
+            return after
+
+        return read_token
+    operands = [hidden, down, state, up]
+    if operation == "encode":
+        evicted = [randn(rows, 1, EVICTED, width) for _ in range(2)]
+        operands = [state, randn(RANK, RANK), *evicted, randn(RANK, width), randn(RANK, width)]
+    operands = [operand.requires_grad_() for operand in operands]
+    compute = delta if operation == "delta" else encode
+
+    def with_gradients() -> torch.Tensor:
+        with torch.enable_grad():
+            result = compute(*operands, impl=impl)
+            torch.autograd.grad(result.sum(), operands)
+        return result.detach()
+
+    return with_gradients
 
 
 def fastest(operation: str, shape: str, call: Callable[[], object], device: torch.device) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Block sizes by operation, shape class and dtype: one explicit table per GPU generation, and a file that overrides it.
 
-The choice is a lookup and nothing else: a user's run never times anything, so two runs on one machine launch the same
-kernels and round alike. ``python -m peft_pte.ops.tune`` times candidates on a GPU and writes the file
+The choice is a lookup and nothing else: a user's run times no block sizes, so a kernel rounds alike in two runs on one machine. ``python -m peft_pte.ops.tune`` times candidates on a GPU and writes the file
 (``$PEFT_PTE_TUNING``, or ``peft_pte/tuning.json`` under the user's cache directory), which is read once per process.
 """
 

@@ -23,7 +23,9 @@ from ..cache.store import Ending, Step, ThoughtLayer
 from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, SHARED_STATES
 from ..host.sites import Site
 from ..method.encoder import PTEEncoder
-from ..method.state import Departing, LayerState, Reading, ThoughtState, bind
+from ..method.layer import PTELinear
+from ..method.stacks import Stacks
+from ..method.state import Departing, LayerState, Reading, ThoughtState, bind, bound
 from .plan import Chunk
 from .recompute import recomputed
 
@@ -76,6 +78,10 @@ class Pass:
     """Over the slots that it sees; where several tokens come, over all columns of the pass, for layers that read another's."""
     departing: Tensor | None = None
     """``[B', 1, m]``, positions of what leaves at a step, where heads do not choose."""
+    stacks: Stacks | None = None
+    """Weights of linears that read the same input, at a step without gradients."""
+    groups: dict[int, list[tuple[PTELinear, ...]]] = field(default_factory=dict)
+    """Those linears, by layer."""
     starts: dict[int, PTECache] = field(default_factory=dict)
     """What layers held when they ran first."""
     finished: set[int] = field(default_factory=set)
@@ -134,12 +140,18 @@ class _Layer:
         """Its own forward, without the checkpoint that its class puts around it."""
         if self.hooked is not None:
             return self.hooked(**arguments)
-        return inspect.unwrap(type(self.module).forward)(self.module, **arguments)
+        return _own_forward(type(self.module).forward)(self.module, **arguments)
 
     @property
     def axis(self) -> int:
         """The token axis of its hidden vectors, counted from the last."""
         return self.site.token_axes[self.names[0]]
+
+
+@functools.cache
+def _own_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """That of a class of decoder layers, without the checkpoint that it puts around it."""
+    return inspect.unwrap(forward)
 
 
 def wrap(layer: nn.Module, site: Site) -> None:
@@ -169,7 +181,11 @@ def unwrap(layer: nn.Module) -> None:
 
 
 def _forward(layer: _Layer, *args: Any, **kwargs: Any) -> Any:
-    given = next((part for part in (*args, *kwargs.values()) if isinstance(part, PTECache)), None)
+    given = None
+    for part in (*args, *kwargs.values()):
+        if isinstance(part, PTECache):
+            given = part
+            break
     if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
         with bind(given.reading(layer.site.index)):
@@ -177,13 +193,18 @@ def _forward(layer: _Layer, *args: Any, **kwargs: Any) -> Any:
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:
         return (layer.hooked or functools.partial(type(layer.module).forward, layer.module))(*args, **kwargs)
-    return _in_chunks(cache, layer, layer.named(args, kwargs))
+    arguments = {**dict(zip(layer.names, args, strict=False)), **kwargs}
+    this: Pass = cache.running
+    if this.step is not None and not this.functional and isinstance(cache.layers[layer.site.index], ThoughtLayer):
+        return _token(this, 0, layer, cache, arguments)[0]
+    return _in_chunks(cache, layer, arguments)
 
 
 @torch.compiler.disable(recursive=False)
 def _in_chunks(cache: PTECache, layer: _Layer, arguments: dict[str, Any]) -> Any:
     this: Pass = cache.running
     index, shared = layer.site.index, arguments.get(SHARED_STATES)
+    # What a checkpoint keeps is no cache.
     arguments = {name: None if name in CACHE_NAMES else value for name, value in arguments.items()}
     held = cache
     if this.functional:
@@ -250,20 +271,42 @@ def _chunk(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
 def _token(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: dict[str, Any]) -> tuple[Any, PTECache]:
     index = layer.site.index
     step, encoder = cast(Step, this.step), this.encoders.get(index)
-    content, state = cast(ThoughtLayer, held.layers[index]), _state(this, index, held)
+    content, kept = cast(ThoughtLayer, held.layers[index]), held.state.layers[index]
+    if encoder is not None and kept.value is None:
+        kept = LayerState(_state(this, index, held))
     # Evict, and encode the rows that are due.
     if step.leaving is not None:
         if this.detach:
             content.map(Tensor.detach)
         evicted = content.lose(step.leaving, this.departing)
-        if encoder is not None and state is not None:
-            state = encoder.forward_rows(this.adapter, state, evicted, step.leaving.rows)
-    if state is not None:
-        held.state.layers[index] = LayerState(state)
+        if encoder is not None and kept.value is not None:
+            kept = LayerState(encoder.forward_rows(this.adapter, kept.value, evicted, step.leaving.rows))
     # Attend, and write.
-    content.ready(step, step.place.to(content.at_rest.keys.device))
-    reading = None if state is None else Reading(state, this.rows, 1, this.adapter)
-    return _attend(layer, held, reading, {**arguments, "attention_mask": this.mask}), held
+    content.frozen = this.functional
+    if content.policy.uniform and content.block is not None:
+        content.write, content.slots = step.place.to(content.block.keys.device), step.slots
+    else:
+        content.ready(step, step.place)
+    reading = None
+    if encoder is not None and kept.value is not None:
+        held.state.layers[index] = kept
+        reading = Reading(kept.value, this.rows, 1, this.adapter)
+        if not this.functional:
+            reading.read = kept.read
+        if this.stacks is not None and this.groups.get(index):
+            reading.downs = this.stacks.of(this.groups[index], this.adapter)
+    arguments = {**arguments, "attention_mask": this.mask}
+    for name in CACHE_NAMES:
+        if name in arguments:
+            # Where the host expects a cache stands the one layer that it writes to.
+            arguments[name] = content
+    before, bound.reading = getattr(bound, "reading", None), reading
+    try:
+        if layer.hooked is not None:
+            return layer.hooked(**arguments), held
+        return _own_forward(type(layer.module).forward)(layer.module, **arguments), held
+    finally:
+        bound.reading = before
 
 
 def _state(this: Pass, index: int, held: PTECache) -> Tensor | None:
@@ -278,7 +321,8 @@ def _attend(layer: _Layer, held: PTECache, reading: Reading | None, arguments: d
     """The host's layer on its tokens and on what its cache layer holds, which takes what it writes."""
     for name in CACHE_NAMES:
         if name in arguments:
-            arguments[name] = _Slots(held, layer.site.index)
+            # Where the host expects a cache stands the one layer that it writes to.
+            arguments[name] = held.layers[layer.site.index]
     with bind(reading):
         return layer.host(arguments)
 
@@ -297,21 +341,6 @@ def _whole(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
             arguments = {**arguments, name: held}
     with bind(reading):
         return layer.host(arguments), held
-
-
-class _Slots:
-    """What stands where the host's layer expects its cache: the slots of one chunk."""
-
-    def __init__(self, cache: PTECache, index: int) -> None:
-        self.cache, self.index = cache, index
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[B, G, T, head_dim]``; returns all that the chunk may see."""
-        return self.cache.update(keys, values, self.index)
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Tokens seen."""
-        return self.cache.get_seq_length(self.index)
 
 
 def _cut(arguments: dict[str, Any], axes: dict[str, int], this: Pass, number: int) -> dict[str, Any]:

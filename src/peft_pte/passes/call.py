@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,14 +80,19 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | Non
     """
     rest = dict(arguments)
     rest.pop("cache_position", None)
+    tokens: dict[str, Tensor] = {}
     for name in UNUSED:
         rest.pop(name, None)
-    if any(rest.get(name) is not None for name in _PACKING):
+    for name in _PACKING:
+        if rest.get(name) is None:
+            continue
         raise NotImplementedError(
             "Packed sequences cannot be scored under a bounded cache: each row needs its own window and state. Use one "
             "sequence per row (packing=False, padding_free=False)."
         )
-    tokens = {name: rest.pop(name) for name in COLUMNS if rest.get(name) is not None}
+    for name in COLUMNS:
+        if rest.get(name) is not None:
+            tokens[name] = rest.pop(name)
     if ("input_ids" in tokens) == ("inputs_embeds" in tokens):
         raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
     batch, columns = next(iter(tokens.values())).shape[:2]
@@ -97,7 +102,8 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | Non
         mask, masks = outer.mask, mask
     seen = 0
     if isinstance(cache, PTECache):
-        refuse_interrupted(cache)
+        if cache.interrupted:
+            refuse_interrupted()
         seen = cache.get_seq_length()
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -123,9 +129,12 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | Non
         # What a training step wrote nobody goes on with, and to keep it would cost what the window saves.
         training = seam.backbone.training and torch.is_grad_enabled()
         use_cache = bool(getattr(seam.text_config, "use_cache", False)) and not training
-    if seam.checkpoints_layers() and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and seam.checkpoints_layers():
         use_cache = False
     return_dict = rest.pop("return_dict", None)
+    for name in [*rest]:
+        if rest[name] is None:
+            del rest[name]
     return Call(
         tokens=tokens,
         mask=mask,
@@ -133,7 +142,7 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | Non
         cache=cache,
         use_cache=use_cache or cache is not None,
         return_dict=True if return_dict is None else return_dict,
-        rest={name: value for name, value in rest.items() if value is not None},
+        rest=rest,
         ids=tokens.get("input_ids") if outer is None else outer.ids,
         masks=masks,
     )
@@ -202,17 +211,16 @@ def mask_by_column(past: Tensor | None, new: Tensor | None, seen: int, like: Ten
     return real
 
 
-def refuse_interrupted(cache: PTECache) -> None:
+def refuse_interrupted() -> NoReturn:
     """Refuse to go on from what a call left half done.
 
     Raises:
         RuntimeError: A call that wrote to the cache was interrupted.
     """
-    if cache.interrupted:
-        raise RuntimeError(
-            "A call that wrote to this cache was interrupted, so its layers hold different tokens. Prefill again: with "
-            "`cache.reset()`, or a new cache."
-        )
+    raise RuntimeError(
+        "A call that wrote to this cache was interrupted, so its layers hold different tokens. Prefill again: with "
+        "`cache.reset()`, or a new cache."
+    )
 
 
 def check_continuation(call: Call, generation: Generation | None) -> None:

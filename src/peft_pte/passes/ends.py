@@ -7,18 +7,20 @@ from typing import Any
 import torch
 
 from ..cache.cache import PTECache
-from ..seam import Seam
+from ..seam import Generation, Seam
 from .boundary import OpenPrompt, PromptEnds, PromptSpec, find_prompt_ends, prompt_columns, shown_length
 from .call import Call
 
 
-def find_ends(seam: Seam, adapter: str, call: Call, prompt: PromptSpec) -> PromptEnds | None:
+def find_ends(
+    seam: Seam, adapter: str, call: Call, prompt: PromptSpec, generation: Generation | None
+) -> PromptEnds | None:
     """Where the prompts of this call end; ``None``: no rule was asked, since all of it is thoughts, or prompt.
 
     Raises:
         ValueError: They cannot be told and must be, or ``prompt_length`` contradicts what was written.
     """
-    cache, generation = call.cache, seam.generation(call.cache)
+    cache = call.cache
     if generation is not None:
         prompt = generation.take()
     if cache is not None and cache.rows is not None and cache.open_prompt is None:

@@ -60,11 +60,12 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
         check_cache(call.cache, config, adapter)
         if outer is not None:
             call.cache.mask_columns = None
-        check_continuation(call, generation)
+        if generation is None or not generation.started:
+            check_continuation(call, generation)
     begins = generation is not None and not generation.started
     if begins:
         check_last_column(call)
-    ends = None if config.cache_window is None else find_ends(seam, adapter, call, prompt)
+    ends = None if config.cache_window is None else find_ends(seam, adapter, call, prompt, generation)
     cache = call.cache
     if call.shape[1] == 1 and cache is not None and cache.rows is not None and ends is None:
         output = run_token(seam, adapter, call, generation)
@@ -117,6 +118,7 @@ def _run_passes(
     seam: Seam, adapter: str, call: Call, ends: PromptEnds | None, generation: Generation | None
 ) -> tuple[Any, PTECache]:
     """Several tokens of each row."""
+    seam.stacks.forget()
     cache = call.cache if call.cache is not None else seam.new_cache(adapter)
     config, seen = seam.config(adapter), call.seen
     rows = None if cache.window is None else cache.rows_for(call.shape[0], call.device)
@@ -127,7 +129,7 @@ def _run_passes(
     if rows is not None:
         if ends is not None:
             seam.check_positions(seen + layout.prompt)
-        if cache.shared is not None and config.impl == "triton":
+        if cache.shared is not None and config.impl != "reference":
             cache.shared.devices = tuple(seam.layer_devices)
         window = cache.unroll()
         turn = Turn(rows.clocks, layout.thoughts, layout.offsets, layout.columns - layout.prompt, call.device)

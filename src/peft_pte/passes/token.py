@@ -18,7 +18,7 @@ from ..cache.fixed import FixedAddresses
 from ..cache.rows import Rows
 from ..cache.store import Leaving, Step
 from ..host.compat import FULL_ATTENTION
-from ..ops import compress_
+from ..ops import compress_, resolve_impl
 from ..seam import Generation, Seam
 from .block import Pass, running
 from .call import OUT_OF_STEP, Call, mask_by_column, positions_of
@@ -43,11 +43,16 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         NotImplementedError: A row gets padding, which layers of the model that are not bounded would count.
     """
     cache, rows = call.bounded
+    if torch.is_grad_enabled():
+        seam.stacks.forget()
     positions = positions_of(seam, call, generation)
-    real, writes = _padding(call, generation)
+    real, writes = None, None
+    # `generate` pads no single column.
+    if call.mask is not None and (generation is None or not generation.started):
+        real, writes = _padding(call.mask)
     if real is not None and (seam.counts_columns or not cache.bounds_all):
         raise NotImplementedError(OUT_OF_STEP)
-    before, past = cache.evictions, None if cache.bounds_all else rows.past
+    past = None if cache.bounds_all else rows.past
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
     valid = None if call.mask is None else call.mask[:, -1:]
     arguments = {
@@ -78,24 +83,25 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
             mask=token.mask,
             departing=token.departing,
             prompt=rows.prompt,
-            detach=not seam.config(adapter).backprop_through_cache,
+            detach=token.step.leaving is not None and not seam.config(adapter).backprop_through_cache,
             functional=torch.is_grad_enabled(),
             again=torch.is_grad_enabled(),
+            stacks=None if torch.is_grad_enabled() else seam.stacks,
+            groups=seam.groups,
         )
         output = running(seam.inner, cache, this, arguments)
         cache.count(rows, 1)
     cache.interrupted = False
     if generation is not None and generation.started:
         generation.note_ends(rows, call.ids)
-    seam.observe(cache, None, evicted=cache.evictions > before)
+    if token.step.leaving is not None:
+        seam.observe(cache, None, evicted=True)
     return output
 
 
-def _padding(call: Call, generation: Generation | None) -> tuple[Tensor | None, list[bool] | None]:
-    """Rows that get a token, ``[B]`` and on the host; ``None``: all do. `generate` pads no single column."""
-    if call.mask is None or (generation is not None and generation.started):
-        return None, None
-    real = call.mask[:, -1]
+def _padding(mask: Tensor) -> tuple[Tensor | None, list[bool] | None]:
+    """Rows that get a token, ``[B]`` and on the host; ``None``: all do."""
+    real = mask[:, -1]
     writes: list[bool] = real.tolist()
     return (None, None) if all(writes) else (real, writes)
 
@@ -106,7 +112,7 @@ def _count(
     """Count one more thought of each row."""
     if real is None and rows.paused is not None:
         real, writes = rows.paused
-    if not seam.rotary:
+    if not seam.found.rotary:
         seam.check_positions(cache.get_seq_length() + 1 if seam.counts_columns else rows.longest + 1)
     now = rows.next_step(positions, real, writes)
     departing = None
@@ -145,7 +151,6 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
         positions = rows.lengths[:, None]
     elif generation is not None and generation.shift is not None:
         positions = (positions - generation.shift[:, None]).clamp(min=0)
-    before = cache.evictions
     positions = positions.expand(like.shape[0], 1)
     if seam.keeps_positions:
         fixed.write_positions(positions)
@@ -156,7 +161,8 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
     if generation is not None:
         generation.note_ends(rows, generation.ids)
     cache.count(rows, 1)
-    seam.observe(cache, None, evicted=cache.evictions > before)
+    if token.step.leaving is not None:
+        seam.observe(cache, None, evicted=True)
     return mask
 
 
@@ -189,8 +195,13 @@ def _make_ready(seam: Seam, adapter: str, cache: PTECache, rows: Rows, fixed: Fi
             value = cache.state.layers[index].value
             if value is None:
                 value = encoder.initial_state(adapter).expand(len(rows.bound), -1, -1)
-            fixed.write_state(cache.state, index, value, seam.adapter_dtype(index, adapter))
+            dtype = seam.adapter_dtype(index, adapter)
+            fixed.write_state(cache.state, index, value, dtype)
+            # Inside of a graph nothing could be timed.
+            resolve_impl(encoder.settings[adapter].impl, value.device, "delta_token", dtype, len(rows.bound))
         fixed.stale = False
+    for index in encoders:
+        fixed.write_downs(index, seam.stacks.of(seam.groups[index], adapter))
     if token.step.leaving is not None:
         _evict(seam, adapter, cache, fixed, token.step.leaving, token.departing)
     for _, layer in cache.thought_layers:
@@ -241,8 +252,8 @@ def _compress(
     rotations = {encoder.applied_rotations(adapter) for encoder in encoders}
     rotation, of_values = next(iter(rotations))
     if (
-        settings.impl != "triton"
-        or block is None
+        block is None
+        or resolve_impl(settings.impl, block.keys.device, "compress", block.keys.dtype, positions.shape[0]) != "triton"
         or settings.state_update != "progressive"
         or any(encoder.settings[adapter] != settings for encoder in encoders)
         or len(rotations) > 1
@@ -275,7 +286,7 @@ def _compress(
         gain=settings.gain,
         attention=settings.attention,
         rotary_style="half" if rotation is None else rotation.style,
-        impl=settings.impl,
+        impl="triton",
     )
     for place, index in enumerate(indices):
         fixed.states[index].copy_(state[place])

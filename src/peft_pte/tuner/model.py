@@ -135,6 +135,7 @@ class PTEModel(BaseTuner):
             self._ranks: dict[int, int] = {}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))
+            seam.find_groups()
         except BaseException:
             if not any(isinstance(module, PTELayer) for module in model.modules()):
                 remove(seam)

@@ -77,7 +77,7 @@ def compress_(
     due = state.shape[1] if rows is None else rows.shape[0]
     if slots.shape[0] != due:
         raise ValueError(f"`slots` must have one row for each of the {due} rows that are due, got {slots.shape[0]}.")
-    if resolve_impl(impl, state.device) == "triton":
+    if resolve_impl(impl, state.device, "compress", keys.dtype, due) == "triton":
         from .triton import compress_triton as compute
     else:
         from .reference import compress_reference as compute

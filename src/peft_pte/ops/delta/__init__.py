@@ -1,5 +1,5 @@
 """The adapters read the thought state: ``scale * A (S (B x))`` (``ops/README.md``)."""
 
-from .api import delta, delta_group_
+from .api import TokenOps, delta, delta_add_, delta_read, for_tokens
 
-__all__ = ["delta", "delta_group_"]
+__all__ = ["TokenOps", "delta", "delta_add_", "delta_read", "for_tokens"]

@@ -1,13 +1,14 @@
-"""``delta`` and ``delta_group_``: what adapters add to their linears, whoever computes it."""
+"""``delta``, and ``delta_read`` with ``delta_add_``: what adapters add to their linears, whoever computes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...shapes import Down, GroupDown, GroupOutput, GroupUp, Hidden, Output, State, Up, checked
+from ...shapes import Down, GroupDown, Hidden, OneToken, Output, Rows, State, Up, checked
 from ..implementation import resolve_impl
 
 
@@ -41,7 +42,7 @@ def delta(
         ValueError: ``impl`` is none of the above.
         NotImplementedError: ``impl`` cannot run on the device of ``hidden``.
     """
-    if resolve_impl(impl, hidden.device) == "triton":
+    if resolve_impl(impl, hidden.device, "delta", down.dtype, hidden.shape[0]) == "triton":
         from .triton import delta_triton as compute
     else:
         from .reference import delta_reference as compute
@@ -49,62 +50,79 @@ def delta(
 
 
 @checked
-def delta_group_(
-    bases: Sequence[GroupOutput],
-    hidden: Hidden,
-    down: GroupDown,
-    state: State,
-    ups: Sequence[GroupUp],
-    scales: Sequence[float],
-    *,
-    ranks: Sequence[int] | None = None,
-    impl: str = "auto",
-) -> None:
-    """``base_i += scale_i * A_i (S (B_i x))`` in place for linears that read the same ``x`` (q, k, v; gate, up).
+def delta_read(hidden: OneToken, down: GroupDown, state: State, *, impl: str = "auto") -> tuple[Tensor, ...]:
+    """``S (B_i x)`` of the linears that read the same ``x`` (q, k, v; gate, up), each for a :func:`delta_add_` of its own.
 
-    Made for decoding: no gradients, few tokens per sequence. An adapter of a smaller rank than the state reads the
-    state's first columns.
+    Made for decoding: no gradients, one token per sequence.
 
     Args:
-        bases: ``[B, T, out_i]``, what each linear gave; overwritten. Rows must be one stride apart.
-        hidden: ``x [B, T, in]``; cast to the dtype of ``down``.
-        down: All ``B_i`` one above the other, ``[sum of R_i, in]``.
+        hidden: ``x [B, 1, in]``; cast to the dtype of ``down``.
+        down: All ``B_i`` one above the other, ``[n R, in]``.
         state: ``S [B, Q, R]``.
-        ups: ``A_i [out_i, Q]``.
-        scales: One factor per linear.
-        ranks: ``R_i``. ``None``: equal shares of the rows of ``down``.
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        ``n`` tensors that the same implementation of :func:`delta_add_` takes: ``[B, Q]``, or ``[splits, B, Q]`` with their sum to come.
+
+    Raises:
+        ValueError: ``impl`` is none of the above, or the rows of ``down`` are no multiple of ``R``.
+        NotImplementedError: ``impl`` cannot run on the device of ``hidden``.
+    """
+    if down.shape[0] % state.shape[2]:
+        raise ValueError(
+            f"`down` must have a multiple of {state.shape[2]} rows, the columns of `state`, got {down.shape[0]}."
+        )
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return for_tokens(impl, hidden.device, down.dtype, hidden.shape[0]).read(hidden, down, state)
+
+
+@checked
+def delta_add_(base: Rows, read: Tensor, up: Up, *, scale: float = 1.0, impl: str = "auto") -> None:
+    """``base += scale * A z`` in place, for a ``z`` of :func:`delta_read`.
+
+    Args:
+        base: ``[B, out]``, what the linear gave; contiguous along the last axis.
+        read: Of the same implementation.
+        up: ``A [out, Q]``.
+        scale: ``alpha / R``, or ``alpha / sqrt(R)``.
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Raises:
-        ValueError: The lists differ in length, the ranks do not add up, or a base cannot be written row by row.
-        NotImplementedError: ``impl`` cannot run on the device of ``hidden``.
+        ValueError: ``impl`` is none of the above, or ``base`` cannot be written row by row.
+        NotImplementedError: ``impl`` cannot run on the device of ``base``.
     """
-    ranks = [down.shape[0] // max(1, len(ups))] * len(ups) if ranks is None else list(ranks)
-    if not len(bases) == len(ups) == len(scales) == len(ranks) > 0:
+    if base.shape[1] > 1 and base.stride(1) != 1:
         raise ValueError(
-            "`bases`, `ups`, `scales` and `ranks` must have one entry per linear, got "
-            f"{len(bases)}, {len(ups)}, {len(scales)} and {len(ranks)}."
+            f"`base` must be contiguous along the last axis, got strides {base.stride()}. Make it contiguous."
         )
-    if sum(ranks) != down.shape[0] or not all(0 < rank <= state.shape[-1] for rank in ranks):
-        raise ValueError(
-            f"`ranks` must add up to the {down.shape[0]} rows of `down` and be at most {state.shape[-1]} each, got {ranks}."
-        )
-    rows = [_rows_of(base) for base in bases]
-    if resolve_impl(impl, hidden.device) == "triton":
-        from .triton import delta_group_triton as compute
-    else:
-        from .reference import delta_group_reference as compute
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        compute(rows, hidden, down, state, list(ups), list(scales), ranks)
+    with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+        operations = for_tokens(impl, base.device, up.dtype, base.shape[0])
+        if not operations.mixes:
+            read, up = read.to(base.dtype), up.to(base.dtype)
+        operations.add_(base, read, up.mT, alpha=scale)
 
 
-def _rows_of(base: Tensor) -> Tensor:
-    """``[B, T, out]`` as ``[B * T, out]``, a view."""
-    batch, tokens, outer = base.shape
-    one_stride = tokens == 1 or batch == 1 or base.stride(0) == tokens * base.stride(1)
-    if not one_stride or (outer > 1 and base.stride(2) != 1):
-        raise ValueError(
-            f"`bases` must be contiguous along the last axis and have their rows one stride apart, got strides "
-            f"{base.stride()} for shape {tuple(base.shape)}. Make it contiguous."
-        )
-    return base.view(batch * tokens, outer)
+class TokenOps(NamedTuple):
+    """:func:`delta_read` and :func:`delta_add_` of one implementation, for who has checked what they are given."""
+
+    read: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+    add_: Callable[..., Any]
+    """Takes ``up`` as ``A^T [Q, out]`` and ``scale`` as ``alpha``."""
+    mixes: bool
+    """Whether ``add_`` takes a ``base`` of another dtype than the rest."""
+
+
+def for_tokens(impl: str, device: torch.device, dtype: torch.dtype, rows: int) -> TokenOps:
+    """What ``impl`` has for one token of each of so many ``rows``, with weights of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: ``impl`` is no implementation.
+        NotImplementedError: It cannot run there.
+    """
+    if resolve_impl(impl, device, "delta_token", dtype, rows) == "triton":
+        from .triton import add_triton_, read_triton
+
+        return TokenOps(read_triton, add_triton_, mixes=True)
+    from .reference import add_reference_, read_reference
+
+    return TokenOps(read_reference, add_reference_, mixes=False)

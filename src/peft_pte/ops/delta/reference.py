@@ -67,19 +67,16 @@ class CastProduct(torch.autograd.Function):
         return grad_hidden, grad_down, None
 
 
-def delta_group_reference(
-    bases: list[Tensor],
-    hidden: Tensor,
-    down: Tensor,
-    state: Tensor,
-    ups: list[Tensor],
-    scales: list[float],
-    ranks: list[int],
-) -> None:
-    """Adds to ``bases [B * T, out_i]``; arguments as in :func:`peft_pte.ops.delta.api.delta_group_`."""
-    low_rank = functional.linear(hidden.to(down.dtype), down)
-    state = state.to(down.dtype).mT
-    parts = low_rank.split(ranks, dim=-1)
-    for base, part, up, scale, rank in zip(bases, parts, ups, scales, ranks, strict=True):
-        read = torch.matmul(part, state[:, :rank])
-        base.addmm_(read.flatten(end_dim=1).to(base.dtype), up.mT.to(base.dtype), alpha=scale)
+def read_reference(hidden: Tensor, down: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    """``[B, Q]`` of each linear; arguments as in :func:`peft_pte.ops.delta.api.delta_read`."""
+    dtype = down.dtype
+    low = functional.linear(hidden if hidden.dtype == dtype else hidden.to(dtype), down)
+    state = state if state.dtype == dtype else state.to(dtype)
+    low = low.view(state.shape[0], -1, state.shape[2])
+    # The state as it lies: by value the sums then come in the order that they have for one linear alone.
+    return torch.bmm(state, low.mT).unbind(2) if state.stride(2) == 1 else torch.bmm(low, state.mT).unbind(1)
+
+
+# ``base [B, out] += alpha * z A^T``, for ``z [B, Q]`` and ``A^T [Q, out]`` in the dtype of ``base``. No function of ours: it is called for
+# every linear and token.
+add_reference_ = Tensor.addmm_

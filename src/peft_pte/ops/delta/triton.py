@@ -72,9 +72,8 @@ def _group_read_kernel(
     p_read,
     s_x,
     s_state,
-    ranks,
+    R,
     N,
-    T,
     inner,
     per_split,
     Q,
@@ -91,21 +90,16 @@ def _group_read_kernel(
     split = tl.program_id(1)
     which = tl.program_id(2)
     m_n = o_n < N
-    rank = 0
-    first_r = 0
-    for index in tl.static_range(N_GROUP):
-        rank = tl.where(which == index, ranks[index], rank)
-        first_r += tl.where(which > index, ranks[index], 0)
+    first_r = which * R
     o_r = tl.arange(0, b_R)
-    m_r = o_r < rank
-    o_row = (o_n // T) * s_x[0] + (o_n % T) * s_x[1]
+    m_r = o_r < R
     first_i = split * per_split
     end_i = tl.minimum(first_i + per_split, inner)
     low = tl.zeros((b_N, b_R), dtype=DTYPE)
     for first in range(first_i, end_i, b_I):
         o_i = first + tl.arange(0, b_I)
         m_i = o_i < end_i
-        x = tl.load(p_x + o_row[:, None] + o_i[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
+        x = tl.load(p_x + o_n[:, None] * s_x + o_i[None, :], mask=m_n[:, None] & m_i[None, :], other=0.0)
         o_down = (first_r + o_r)[None, :].to(tl.int64) * inner + o_i[:, None]
         down = tl.load(p_down + o_down, mask=m_i[:, None] & m_r[None, :], other=0.0)
         low += dot(x.to(down.dtype), down, DTYPE, "ieee", UPCAST)
@@ -113,7 +107,7 @@ def _group_read_kernel(
     for first in tl.static_range(0, b_Q, b_S):
         o_q = first + tl.arange(0, b_S)
         m_q = o_q < Q
-        o_state = (o_n // T)[:, None, None] * s_state[0] + o_q[None, :, None] * s_state[1]
+        o_state = o_n[:, None, None] * s_state[0] + o_q[None, :, None] * s_state[1]
         m_state = m_n[:, None, None] & m_q[None, :, None] & m_r[None, None, :]
         state = tl.load(p_state + o_state + o_r[None, None, :] * s_state[2], mask=m_state, other=0.0).to(DTYPE)
         read = tl.sum(state * low[:, None, :], axis=2)
@@ -122,21 +116,19 @@ def _group_read_kernel(
 
 
 @triton.jit
-def _expand_one(
+def _expand_kernel(
     p_read,
     p_up,
     p_base,
     p_out,
+    s_split,
     s_base,
     s_out,
-    which,
-    block,
     N,
     outer,
     Q,
     n_splits,
     SCALE: tl.constexpr,
-    N_GROUP: tl.constexpr,
     HAS_BASE: tl.constexpr,
     b_N: tl.constexpr,
     b_O: tl.constexpr,
@@ -145,7 +137,7 @@ def _expand_one(
     UPCAST: tl.constexpr,
 ):
     o_n = (tl.program_id(0) * b_N + tl.arange(0, b_N)).to(tl.int64)
-    o_o = (block * b_O + tl.arange(0, b_O)).to(tl.int64)
+    o_o = (tl.program_id(1) * b_O + tl.arange(0, b_O)).to(tl.int64)
     o_q = tl.arange(0, b_Q)
     m_n = o_n < N
     m_q = o_q < Q
@@ -153,7 +145,7 @@ def _expand_one(
     m_no = m_n[:, None] & m_o[None, :]
     read = tl.zeros((b_N, b_Q), dtype=DTYPE)
     for split in range(0, n_splits):
-        o_read = ((split * N_GROUP + which) * N + o_n[:, None]) * Q + o_q[None, :]
+        o_read = split * s_split + o_n[:, None] * Q + o_q[None, :]
         read += tl.load(p_read + o_read, mask=m_n[:, None] & m_q[None, :], other=0.0).to(DTYPE)
     up = tl.load(p_up + o_o[None, :] * Q + o_q[:, None], mask=m_q[:, None] & m_o[None, :], other=0.0)
     up = up.to(p_out.dtype.element_ty)
@@ -161,58 +153,6 @@ def _expand_one(
     if HAS_BASE:
         out += tl.load(p_base + o_n[:, None] * s_base + o_o[None, :], mask=m_no, other=0.0).to(DTYPE)
     tl.store(p_out + o_n[:, None] * s_out + o_o[None, :], out.to(p_out.dtype.element_ty), mask=m_no)
-
-
-@triton.jit
-def _expand_kernel(
-    p_read,
-    p_ups,
-    p_bases,
-    p_outs,
-    s_bases,
-    s_outs,
-    outers,
-    N,
-    Q,
-    n_splits,
-    SCALES: tl.constexpr,
-    N_GROUP: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-    b_N: tl.constexpr,
-    b_O: tl.constexpr,
-    b_Q: tl.constexpr,
-    DTYPE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    # The blocks of all outputs stand in one row of the grid.
-    block = tl.program_id(1)
-    first = 0
-    for which in tl.static_range(N_GROUP):
-        blocks = tl.cdiv(outers[which], b_O)
-        if (block >= first) & (block < first + blocks):
-            _expand_one(
-                p_read,
-                p_ups[which],
-                p_bases[which],
-                p_outs[which],
-                s_bases[which],
-                s_outs[which],
-                which,
-                block - first,
-                N,
-                outers[which],
-                Q,
-                n_splits,
-                SCALES[which],
-                N_GROUP,
-                HAS_BASE,
-                b_N,
-                b_O,
-                b_Q,
-                DTYPE,
-                UPCAST,
-            )
-        first += blocks
 
 
 @triton.jit
@@ -254,39 +194,29 @@ def _state_kernel(
     tl.store(p_grad_state + here, grad_state, mask=m_qr)
 
 
-def _expand(
-    read: Tensor,
-    ups: list[Tensor],
-    bases: list[Tensor] | None,
-    outs: list[Tensor],
-    scales: list[float],
-    shape: str,
-) -> None:
-    """``out_i = base_i + scale_i * z_i A_i^T``; ``read [splits, linears, N, Q]``, ``bases`` and ``outs`` ``[N, out_i]``."""
-    splits, group, rows, queries = read.shape
-    config = blocks_for("delta_expand", outs[0].dtype, read.device, shape)
-    _, sums = accumulator(outs[0].dtype)
-    outers = tuple(up.shape[0] for up in ups)
-    blocks = sum(triton.cdiv(outer, config["b_O"]) for outer in outers)
-    under = outs if bases is None else bases
-    _expand_kernel[(triton.cdiv(rows, config["b_N"]), blocks)](
+def _expand(read: Tensor, up: Tensor, base: Tensor | None, out: Tensor, scale: float, shape: str) -> None:
+    """``out = base + scale * z A^T`` where ``z`` is the sum of ``read [splits, N, Q]``; ``base`` and ``out`` are ``[N, out]``."""
+    splits, rows, queries = read.shape
+    config = blocks_for("delta_expand", out.dtype, read.device, shape)
+    outer, under = up.shape[0], out if base is None else base
+    _expand_kernel[(triton.cdiv(rows, config["b_N"]), triton.cdiv(outer, config["b_O"]))](
         read,
-        tuple(up.contiguous() for up in ups),
-        tuple(under),
-        tuple(outs),
-        tuple(base.stride(0) for base in under),
-        tuple(out.stride(0) for out in outs),
-        outers,
+        up.contiguous(),
+        under,
+        out,
+        read.stride(0),
+        under.stride(0),
+        out.stride(0),
         rows,
+        outer,
         queries,
         splits,
         # A constant of the compilation: as an argument it would be a float32.
-        SCALES=tuple(scales),
-        N_GROUP=group,
-        HAS_BASE=bases is not None,
+        SCALE=scale,
+        HAS_BASE=base is not None,
         b_Q=block(queries),
-        DTYPE=sums,
-        UPCAST=upcast_dots(*outs),
+        DTYPE=accumulator(out.dtype)[1],
+        UPCAST=upcast_dots(out),
         **config,
     )
 
@@ -323,9 +253,8 @@ def _forward(
         **config,
     )
     rows = batch * tokens
-    base = None if onto is None else [onto.reshape(rows, outer).contiguous()]
-    flat = (read.view(1, 1, rows, queries), [up], base, [out.view(rows, outer)])
-    _expand(*flat, [scale], "segment")
+    base = None if onto is None else onto.reshape(rows, outer).contiguous()
+    _expand(read.view(1, rows, queries), up, base, out.view(rows, outer), scale, "segment")
     return out, low, read
 
 
@@ -396,57 +325,64 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 _forward.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("peft_pte::delta_group_", mutates_args=("bases",))
-def _group(
-    bases: list[Tensor],
-    hidden: Tensor,
-    down: Tensor,
-    state: Tensor,
-    ups: list[Tensor],
-    scales: list[float],
-    ranks: list[int],
-) -> None:
-    batch, tokens, inner = hidden.shape
-    rows, queries, group = batch * tokens, state.shape[1], len(ups)
+@torch.library.custom_op("peft_pte::delta_read", mutates_args=())
+def _read(hidden: Tensor, down: Tensor, state: Tensor) -> Tensor:
+    """``[splits, linears, B, Q]``, shares of ``z`` of each linear."""
+    rows, _, inner = hidden.shape
+    queries, rank = state.shape[1:]
+    group = down.shape[0] // rank
     hidden = hidden if hidden.stride(-1) == 1 or inner == 1 else hidden.contiguous()
-    dtype, sums = accumulator(down.dtype)
     config = blocks_for("delta_group_read", down.dtype, hidden.device)
-    row_blocks = triton.cdiv(rows, config["b_N"])
-    # Enough programs for the device, each with at least four steps along `x`.
-    wanted = triton.cdiv(2 * multiprocessors(hidden.device), row_blocks * group)
-    steps = triton.cdiv(inner, config["b_I"])
-    per_split = triton.cdiv(steps, max(1, min(wanted, steps // 4, MOST_SPLITS))) * config["b_I"]
-    splits = triton.cdiv(inner, per_split)
+    row_blocks, splits, per_split = _splits(hidden, group, config)
+    dtype, sums = accumulator(down.dtype)
     read = hidden.new_empty(splits, group, rows, queries, dtype=dtype)
     _group_read_kernel[(row_blocks, splits, group)](
         hidden,
         down.contiguous(),
         state,
         read,
-        hidden.stride()[:2],
+        hidden.stride(0),
         state.stride(),
-        tuple(ranks),
+        rank,
         rows,
-        tokens,
         inner,
         per_split,
         queries,
         N_GROUP=group,
         b_Q=block(queries),
-        b_R=block(max(ranks)),
+        b_R=block(rank),
         DTYPE=sums,
         UPCAST=upcast_dots(down),
         **config,
     )
-    for same in {base.dtype for base in bases}:
-        # One launch, unless the linears give different dtypes.
-        where = [index for index, base in enumerate(bases) if base.dtype == same]
-        outs = [bases[index] for index in where]
-        chosen = read if len(where) == group else read[:, where]
-        _expand(chosen, [ups[index] for index in where], outs, outs, [scales[index] for index in where], "decode")
+    return read
 
 
-@_group.register_fake
+def _splits(hidden: Tensor, group: int, config: dict[str, int]) -> tuple[int, int, int]:
+    """Blocks of rows, splits along ``x``, and elements of ``x`` in each."""
+    rows, _, inner = hidden.shape
+    row_blocks = triton.cdiv(rows, config["b_N"])
+    # Enough programs for the device, each with at least four steps along `x`.
+    wanted = triton.cdiv(2 * multiprocessors(hidden.device), row_blocks * group)
+    steps = triton.cdiv(inner, config["b_I"])
+    per_split = triton.cdiv(steps, max(1, min(wanted, steps // 4, MOST_SPLITS))) * config["b_I"]
+    return row_blocks, triton.cdiv(inner, per_split), per_split
+
+
+@_read.register_fake
+def _(hidden: Tensor, down: Tensor, state: Tensor) -> Tensor:
+    queries, rank = state.shape[1:]
+    group = down.shape[0] // rank
+    _, splits, _ = _splits(hidden, group, blocks_for("delta_group_read", down.dtype, hidden.device))
+    return hidden.new_empty(splits, group, hidden.shape[0], queries, dtype=accumulator(down.dtype)[0])
+
+
+@torch.library.custom_op("peft_pte::delta_add_", mutates_args=("base",))
+def _add(base: Tensor, read: Tensor, up: Tensor, scale: float) -> None:
+    _expand(read, up, base, base, scale, "decode")
+
+
+@_add.register_fake
 def _(*args: object) -> None:
     return None
 
@@ -457,14 +393,11 @@ def delta_triton(hidden: Tensor, down: Tensor, state: Tensor, up: Tensor, onto: 
     return result
 
 
-def delta_group_triton(
-    bases: list[Tensor],
-    hidden: Tensor,
-    down: Tensor,
-    state: Tensor,
-    ups: list[Tensor],
-    scales: list[float],
-    ranks: list[int],
-) -> None:
-    """Adds to ``bases [B * T, out_i]``; arguments as in :func:`peft_pte.ops.delta.api.delta_group_`."""
-    _group(bases, hidden, down, state, ups, scales, ranks)
+def read_triton(hidden: Tensor, down: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    """``[splits, B, Q]`` of each linear; arguments as in :func:`peft_pte.ops.delta.api.delta_read`."""
+    return _read(hidden, down, state).unbind(1)
+
+
+def add_triton_(base: Tensor, read: Tensor, up: Tensor, *, alpha: float) -> None:
+    """``base [B, out] += alpha * z A^T``, for ``read [splits, B, Q]`` and ``up [Q, out]``, which is ``A^T``."""
+    _add(base, read, up.mT, alpha)

@@ -59,7 +59,7 @@ def encode(
     )
     updates: Callable[..., Tensor]
     recur: Callable[..., Tensor]
-    if resolve_impl(impl, state.device) == "triton":
+    if resolve_impl(impl, state.device, "encode", dtype, state.shape[0]) == "triton":
         from .triton import recur_triton as recur
         from .triton import updates_triton as updates
     else:
