@@ -110,8 +110,8 @@ class Rows:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, padding apart, as far as the host knows."""
-        if self.prompt_mask is None:
+        """Tokens of the longest row, as far as the host knows; padding of its prompt counts, until rows are replaced."""
+        if self.prompt_mask is None or not self.replaced:
             return self.prompt + max(self.bound)
         if self._prompts is None:
             self._prompts = self.prompt_mask.sum(dim=1).tolist()
