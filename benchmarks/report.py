@@ -58,6 +58,9 @@ def render(results: list[Row], brief: bool = False) -> str:
     counts = [content for content in results if content["case"] == "cost"]
     if counts and not brief:
         parts.append(_cost(counts[-1]))
+    counts = [content for content in results if content["case"] == "token"]
+    if counts and not brief:
+        parts.append(_token(counts[-1]))
     if not any(content["case"] in timed and content["device"] == "cuda" for content in results):
         parts.insert(0, "Nothing was timed on a GPU yet. `python -m benchmarks run all` does, on a budget of 500 s.")
     return "\n\n".join(part for part in parts if part)
@@ -308,6 +311,49 @@ def _cost(content: Row) -> str:
         "Peak: tensor storages alive above the model, offloaded ones left out; at a true shape counted on fake tensors in "
         "bfloat16, without the head. `one pass`: `segment_length` beyond the row; `window / 4` and so on: `segment_length` as a "
         f"share of the window; `offload`: `offload=True`. {_origin([content])}\n\n" + tables.table(header, body, left=2)
+    )
+
+
+def _token(content: Row) -> str:
+    counted = [row for row in content["rows"] if "launches" in row]
+    lora = {row["batch"]: row for row in counted if row["peer"] == "lora"}
+    names = {"base": "base model", "lora": "LoRA", "pte": "PTE", "pte_static": "PTE, static cache, not compiled"}
+    body = []
+    for row in counted:
+        limits, beside = row["at_most"] or {}, lora[row["batch"]]
+        ratios = {
+            "launches": row["launches"] / beside["launches"],
+            "seconds": row["seconds_per_token"] / beside["seconds_per_token"],
+        }
+        shown = {name: f"{ratio:.2f}" + (f" (≤ {limits[name]:g})" if limits else "") for name, ratio in ratios.items()}
+        calls = f"{row['own_calls']:.0f}" + (f" (≤ {limits['own_calls']:g})" if limits else "")
+        milliseconds = f"{1e3 * row['seconds_per_token']:.2f}"
+        body.append(
+            [
+                f"{row['batch']}",
+                names[row["peer"]],
+                f"{row['launches']:.0f}",
+                shown["launches"],
+                milliseconds,
+                shown["seconds"],
+                calls,
+            ]
+        )
+    first = counted[0]
+    whole = [row for row in content["rows"] if "tokens_per_second" in row]
+    speed = ""
+    if whole:
+        rates = [[f"{row['batch']}", names[row["peer"]], f"{row['tokens_per_second']:.1f}"] for row in whole]
+        speed = (
+            f"\n\nTokens per second of all rows together, {whole[0]['shape']} in float32 on {whole[0]['threads']} cores, same run and settings:\n\n"
+            + tables.table(["batch", "", "tokens per second"], rates, left=2)
+        )
+    header = ["batch", "", "launches", "of LoRA", "CPU time, ms", "of LoRA", "own Python calls"]
+    return (
+        f"**What a token costs while decoding (in brackets the target).** {first['layers']} layers of {first['shape']}, rank "
+        f"{first['rank']}, prompt {first['prompt']}, window {first['window']}, eager, through `generate`; evictions are in it. Launches: "
+        "operations that are not views. Time: of the process, the best of several, peers in turn. Own calls: of Python functions of "
+        f"`peft_pte`. {_origin([content])}\n\n" + tables.table(header, body, left=2) + speed
     )
 
 

@@ -1,7 +1,9 @@
-"""The cost of a step beside LoRA's: what is counted, and how passes are named."""
+"""The cost of a step and of a token beside LoRA's: what is counted, and how passes are named."""
 
+import pytest
 import torch
 
+from benchmarks import token
 from benchmarks.accounting import Launches
 from benchmarks.cost import PEERS, QUICK, calls, fields_of, launches
 
@@ -29,3 +31,14 @@ def test_passes_by_name():
     assert fields_of("offload", 8) == {"offload": True}
     assert fields_of("half_window_offload", 8) == {"offload": True, "segment_length": 4}
     assert all(fields_of(peer, 8) is not None for peer in PEERS[1:])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_token_costs_fewer_launches_than_with_lora_and_few_calls(batch):
+    # Counts, which are the same on every machine; neither depends on the batch.
+    case = token.TokenCase(batch, shape="tiny")
+    models = {"lora": token.build(case, "lora"), "pte": (pte := token.build(case, "pte")), "pte_static": pte}
+    launched = {peer: token.launches(model, peer, case) for peer, model in models.items()}
+    assert launched["pte"] <= token.AT_MOST["launches"] * launched["lora"]
+    assert launched["pte_static"] <= token.AT_MOST["launches"] * launched["lora"]
+    assert token.own_calls(pte, "pte", case) <= token.AT_MOST["own_calls"]

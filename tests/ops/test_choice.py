@@ -7,6 +7,7 @@ import torch
 
 from peft_pte.ops import choice, choices, implementation, resolve_impl
 from peft_pte.ops.tune import call_of
+from tests.ops.common import DEVICE
 
 CUDA = torch.device("cuda", 0)
 NUMBERS = torch.arange(1.0, 5.0)
@@ -92,6 +93,15 @@ def test_nothing_is_timed_in_a_graph(race, monkeypatch):
 def test_other_devices_take_the_reference_and_time_nothing(race):
     assert resolve_impl("auto", torch.device("cpu"), "delta", torch.float32, 1) == "reference"
     assert not race.timed
+
+
+@pytest.mark.parametrize("operation", ["compress", "delta_token", "encode"])
+def test_the_kernels_themselves_run_in_it_whatever_the_caller_is_in_the_middle_of(monkeypatch, caplog, operation):
+    # Under the interpreter where there is no GPU.
+    monkeypatch.setattr(choice, "milliseconds", lambda call: call() is None)
+    with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = choice._race(choice.Case(operation, torch.float32, "few", torch.device(DEVICE)))
+    assert set(found.milliseconds) == {"reference", "triton"}, caplog.text
 
 
 @pytest.mark.parametrize("operation", ["compress", "delta", "delta_token", "encode"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -77,19 +78,24 @@ def fastest(operation: str, dtype: torch.dtype, shape: str, device: torch.device
 
 
 def _race(case: Case) -> Choice:
-    from .tune import call_of
+    device = (
+        torch.cuda.device(case.device) if case.device.type == "cuda" and torch.cuda.is_available() else nullcontext()
+    )
+    # Whatever the caller is in the middle of.
+    with device, torch.inference_mode(False), torch.no_grad(), torch.autocast(case.device.type, enabled=False):
+        from .tune import call_of
 
-    reference, kernel = (call_of(*case, impl) for impl in ("reference", "triton"))
-    times = {"reference": milliseconds(reference)}
-    try:
-        expected, found = reference().double(), kernel().double()
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if not error < _MOST_ERROR.get(case.dtype, 1e-3):
-            raise ArithmeticError(f"it is off by {error:.1e} of the largest entry")
-        times["triton"] = milliseconds(kernel)
-    except Exception as reason:
-        # Whatever keeps the kernel from running, the reference runs; who asks for the kernel by name gets the error.
-        logger.warning("%s is taken from the reference: %s: %s", case.operation, type(reason).__name__, reason)
+        reference, kernel = (call_of(*case, impl) for impl in ("reference", "triton"))
+        times = {"reference": milliseconds(reference)}
+        try:
+            expected, found = reference().double(), kernel().double()
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error < _MOST_ERROR.get(case.dtype, 1e-3):
+                raise ArithmeticError(f"it is off by {error:.1e} of the largest entry")
+            times["triton"] = milliseconds(kernel)
+        except Exception as reason:
+            # Whatever keeps the kernel from running, the reference runs; who asks for the kernel by name gets the error.
+            logger.warning("%s is taken from the reference: %s: %s", case.operation, type(reason).__name__, reason)
     return Choice(min(times, key=lambda impl: times[impl]), times)
 
 
@@ -97,6 +103,5 @@ def milliseconds(call: Callable[[], object]) -> float:
     """Median time of ``call`` on the GPU."""
     import triton
 
-    with torch.no_grad():
-        median: float = triton.testing.do_bench(call, return_mode="median")
+    median: float = triton.testing.do_bench(call, return_mode="median")
     return median
