@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, help="completions per step and process")
     add("--micro-batch", type=int, help="completions that are scored together; must divide --batch")
     add("--num-generations", type=int, help="completions per problem")
+    add("--rows", type=int, help="rollout rows, refilled as they end: fewer than --batch, where lengths differ much")
     add("--max-completion-length", type=int, default=96, help="tokens")
     add("--min-thought", type=int, default=48, help="tokens; an answer after fewer is not rewarded")
     add("--temperature", type=float, default=0.7)
@@ -117,7 +118,10 @@ def main() -> None:
             temperature=args.temperature,
             learning_rate=args.learning_rate,
             lr_scheduler_type="constant",
-            bf16=args.dtype == "bfloat16",
+            # TRL casts the whole model, adapter included, before it refills rows with `bf16`: the base has its dtype already.
+            bf16=args.dtype == "bfloat16" and not args.rows,
+            use_transformers_continuous_batching=bool(args.rows),
+            transformers_continuous_batching_config={"max_requests_per_batch": args.rows} if args.rows else None,
             gradient_checkpointing=args.gradient_checkpointing,
             logging_steps=1,
             save_steps=args.save_steps,

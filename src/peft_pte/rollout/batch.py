@@ -140,7 +140,7 @@ class Batch:
             inputs["position_ids"] = rows.lengths[:, None]
         inputs = self.model.prepare_inputs_for_generation(last, next_sequence_length=1, **inputs)
         output = self._forward(**inputs, return_dict=True)
-        self.logits = output.logits[:, -1].to(torch.float32, copy=True)
+        self.logits = output.logits[:, -1].to(self.device, torch.float32, copy=True)
         self._write([row for row, goes_on in enumerate(going) if goes_on])
 
     def look(self, ahead: bool = True) -> None:
@@ -199,7 +199,7 @@ class Batch:
         generations.append(Generation(PromptSpec(length=lengths if self.given_lengths else None), cache=fresh))
         try:
             inputs = self.model.prepare_inputs_for_generation(ids.to(self.device), **inputs)
-            logits = self.model(**inputs, return_dict=True).logits[:, -1].float()
+            logits = self.model(**inputs, return_dict=True).logits[:, -1].to(self.device, torch.float32)
         finally:
             generations.pop()
         if len(different) < len(joining):
