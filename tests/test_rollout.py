@@ -236,6 +236,27 @@ def test_a_request_that_fails_frees_its_row(model, caplog):
         assert "Request req_2 failed: so it was wanted" in caplog.text
 
 
+@pytest.mark.parametrize("fields", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf], ids=str)
+def test_a_request_without_a_next_token(model, fields, value):
+    # `torch.multinomial` would say so of the whole batch; the likeliest of nothing is token 0.
+    class Breaks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids[0, 0] == 41 and input_ids.shape[1] == 7:
+                scores[:] = value
+                scores[:, :3] = 0.0 if torch.tensor(value).isnan() else value
+            return scores
+
+    if value == torch.inf and not fields:
+        pytest.skip("of infinite scores the first is the greatest, as in `generate`")
+    requests, config = [[41, 2, 3, 4], *make_requests((5, 2))], options(eos_token_id=None, **fields)
+    expected = tokens(model.generate_batch(requests, config, rows(2, seed=4)))
+    outputs = list(model.generate_batch(requests, config, rows(2, seed=4), logits_processor=[Breaks()]).values())
+    assert "There is no next token" in outputs[0].error
+    assert outputs[0].generated_tokens == expected[0][:3]
+    assert [output.generated_tokens for output in outputs[1:]] == expected[1:]
+
+
 class FailsToo(LogitsProcessor):
     def __call__(self, input_ids, scores):
         if input_ids[0, 0] == 41 and input_ids.shape[1] == 7:

@@ -20,6 +20,11 @@ from .requests import Request
 PREFILLED_TOKENS = 8192
 """Of one prefill, at most, unless it is one prompt: rows join in several where there are more."""
 
+_BROKEN = (
+    "There is no next token: logits processors have ruled out all of them, or a score is not a number. Let a processor leave one, or look for "
+    "infinite weights and overflow in half precision."
+)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -42,11 +47,11 @@ class Sizes:
 class _Written:
     """Tokens that were written, and which the host has not looked at."""
 
-    ends: Tensor
-    """``[B']``, rows that ended with them, on the host by the time that ``there`` says so."""
+    flags: Tensor
+    """``[2, B']``, rows that ended with them and rows in which they mean nothing; on the host by the time that ``there`` says so."""
     there: Any
     requests: list[tuple[int, Request, int]]
-    """By entry of ``ends``: the row, its request, and how many tokens that had then."""
+    """By column of ``flags``: the row, its request, and how many tokens that had then."""
 
 
 class Batch:
@@ -149,9 +154,12 @@ class Batch:
             written = self._unseen.popleft()
             if written.there is not None:
                 written.there.synchronize()
-            ends: list[bool] = written.ends.tolist()
-            for end, (row, request, count) in zip(ends, written.requests, strict=True):
-                if not request.over and (end or count == request.limit or request.error is not None):
+            for end, broken, (row, request, count) in zip(*written.flags.tolist(), written.requests, strict=True):
+                if request.over:
+                    continue
+                if broken:
+                    request.fail(ValueError(_BROKEN), count - 1)
+                if end or count == request.limit or request.error is not None:
                     self._finish(row, request, count)
 
     def shrink(self) -> None:
@@ -251,7 +259,8 @@ class Batch:
             request.note_token()
             if request.criteria:
                 ends[place] |= self.chooser.stops(request, self._ids_of(row))
-        self._unseen.append(_on_host(ends, [(row, one, one.written) for row, one in zip(rows, requests, strict=True)]))
+        counts = [(row, request, request.written) for row, request in zip(rows, requests, strict=True)]
+        self._unseen.append(_on_host(torch.stack([ends, chosen.broken]), counts))
 
     def _ids_of(self, row: int) -> Tensor:
         """``[1, N]``, the tokens of a row so far."""
@@ -267,11 +276,11 @@ class Batch:
         self.requests[row] = None
 
 
-def _on_host(ends: Tensor, requests: list[tuple[int, Request, int]]) -> _Written:
-    """Send ``ends`` to the host, without waiting for it."""
-    if ends.device.type == "cpu":
-        return _Written(ends, None, requests)
-    device, ends = ends.device, ends.to("cpu", non_blocking=True)
+def _on_host(flags: Tensor, requests: list[tuple[int, Request, int]]) -> _Written:
+    """Send ``flags`` to the host, without waiting for it."""
+    if flags.device.type == "cpu":
+        return _Written(flags, None, requests)
+    device, flags = flags.device, flags.to("cpu", non_blocking=True)
     there = torch.Event(device)
     there.record()
-    return _Written(ends, there, requests)
+    return _Written(flags, there, requests)

@@ -41,6 +41,8 @@ class Chosen(NamedTuple):
     """``[B]``, of the distribution that was sampled from; ``None``: not asked for."""
     ends: Tensor
     """``[B]``, rows that end with it."""
+    broken: Tensor
+    """``[B]``, rows in which it means nothing: every token was ruled out, or a score is not a number."""
 
 
 class Chooser:
@@ -96,16 +98,13 @@ class Chooser:
             draws: ``[B]``, numbers in ``[0, 1)``; ``None``: the likeliest token is taken.
         """
         scores = self._processed(logits, requests, ids)
-        probabilities = scores.softmax(dim=-1) if draws is not None or self.log_probs else None
-        if draws is None or probabilities is None:
-            tokens = scores.argmax(dim=-1)
-        else:
-            tokens = sample(probabilities, draws)
-        log_probs = None
-        if self.log_probs and probabilities is not None:
-            log_probs = scores.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+        weights = scores if draws is None else scores.softmax(dim=-1)
+        tokens = weights.argmax(dim=-1) if draws is None else sample(weights, draws)
+        log_probs = scores.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0] if self.log_probs else None
         ends = torch.zeros_like(tokens, dtype=torch.bool) if self.ends is None else torch.isin(tokens, self.ends)
-        return Chosen(tokens, log_probs, ends)
+        # Where one weight is not a number, so is that of the token that was taken.
+        broken = ~(weights.gather(-1, tokens[:, None])[:, 0] > -torch.inf)
+        return Chosen(tokens, log_probs, ends, broken)
 
     def stops(self, request: Request, ids: Tensor) -> Tensor:
         """A flag, whether a criterion ends the request whose tokens are ``ids [1, N]``; one that raises does."""

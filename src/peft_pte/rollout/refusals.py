@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -69,8 +69,8 @@ def refuse_batch(seam: Seam, adapter: str, config: Any) -> None:
         )
 
 
-def refuse_manager(*args: Any, **kwargs: Any) -> None:
-    """Stands for transformers' own continuous batching while an adapter is active.
+def refuse_manager() -> NoReturn:
+    """Refuse transformers' own continuous batching while an adapter is active.
 
     Raises:
         NotImplementedError: Always.

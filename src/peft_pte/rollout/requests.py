@@ -64,10 +64,10 @@ class Request:
         if self.timestamps is not None:
             self.timestamps.append(time.perf_counter())
 
-    def fail(self, error: Exception) -> None:
-        """Note that it failed, with what it has."""
+    def fail(self, error: Exception, written: int | None = None) -> None:
+        """Note that it failed, with so many tokens ``written``; ``None``: with what it has."""
         if self.error is None:
-            self.error, self.failed_at = error, self.written
+            self.error, self.failed_at = error, self.written if written is None else written
 
     def finish(self, generated: Sequence[int] = (), log_probs: Sequence[float] = ()) -> None:
         """Note what was written; a request that has no room left fails."""

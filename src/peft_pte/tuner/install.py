@@ -275,4 +275,4 @@ def _generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _continuous_batching(name: str, self: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(self, ATTRIBUTE).active_adapter() is None:
         return getattr(type(self), name)(self, *args, **kwargs)
-    return refuse_manager()
+    refuse_manager()
