@@ -309,6 +309,20 @@ def test_learned_positions_end_with_the_request_that_uses_them_up():
     assert [len(row) for row in many] == [30] * 6
 
 
+def test_a_row_that_nobody_has_stands_still():
+    # Three of four rows go on, so it is not dropped; were it fed, it would run out of positions, and take the call with it.
+    class StopsFirst(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([bool(input_ids[0, 0] == 41) and input_ids.shape[1] == 38])
+
+    model = make_pte("gpt2", dtype=torch.float64, model={"max_position_embeddings": 40})
+    requests = [[41] + [5] * 35, *make_requests((3, 4, 2))]
+    config = options(30, eos_token_id=None)
+    outputs = model.generate_batch(requests, config, rows(4), stopping_criteria=[StopsFirst()])
+    assert [len(row) for row in tokens(outputs)] == [2, 30, 30, 30]
+    assert tokens(outputs)[1:] == [alone(model, request, config) for request in requests[1:]]
+
+
 # What is refused.
 
 REFUSED = {
