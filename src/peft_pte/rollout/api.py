@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +122,7 @@ def generate_batch(
         if waiting:
             sizes = _sizes(seam, adapter, waiting, batching, config)
             batch = Batch(seam, adapter, chooser, config, sizes, prompt_length is not None)
-            for count in _run(seam, batch, waiting, config.max_time):
+            for count in _run(seam, batch, waiting):
                 bar.update(count)
     return _results(requests)
 
@@ -142,14 +141,13 @@ def _warn_of_half_precision(seam: Seam, adapter: str) -> None:
         )
 
 
-def _run(seam: Seam, batch: Batch, waiting: deque[Request], seconds: float | None) -> Iterator[int]:
+def _run(seam: Seam, batch: Batch, waiting: deque[Request]) -> Iterator[int]:
     """Write all requests that are ``waiting``; yields how many have ended since."""
-    until = None if seconds is None else time.time() + seconds
     seam.calls.generations.append(batch.generation)
     try:
         while waiting or batch.live:
-            if until is not None and time.time() > until:
-                yield _cancel(waiting, seconds)
+            if waiting and batch.chooser.overdue:
+                yield _cancel(waiting, batch.config.max_time)
             if waiting:
                 batch.join(waiting)
             else:
@@ -163,7 +161,7 @@ def _run(seam: Seam, batch: Batch, waiting: deque[Request], seconds: float | Non
         seam.calls.generations.remove(batch.generation)
 
 
-def _cancel(waiting: deque[Request], seconds: float | None) -> int:
+def _cancel(waiting: deque[Request], seconds: float) -> int:
     """Let requests that have no row by the end of the time fail."""
     count = len(waiting)
     while waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from ..host.compat import OF_SCORES_ALONE, end_tokens, logits_processors, stopping_criteria
 from .requests import Request
@@ -73,6 +74,12 @@ class Chooser:
         first = self._processors(0, torch.ones(1, 1, dtype=torch.long, device=model.device), 2)
         self.by_scores = not options.processors and all(isinstance(part, OF_SCORES_ALONE) for part in first)
         self.of_all = first if self.by_scores else None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the time of the call (``max_time``) is over, by the clock that ends its rows."""
+        clocks = (criterion for criterion in self.shared if isinstance(criterion, MaxTimeCriteria))
+        return any(time.time() - clock.initial_timestamp > clock.max_time for clock in clocks)
 
     @property
     def reads_tokens(self) -> bool:
