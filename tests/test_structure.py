@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 
 import peft_pte
-from peft_pte.cache.eviction import POLICIES
-from peft_pte.config import EVICTION_POLICIES
 
 PACKAGE = Path(peft_pte.__file__).parent
 # Lower rooms never import upper ones; no import of a module forms a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "lora_fields", "config", "chat"},
+    {"shapes", "_peft_type", "lora_fields", "eviction", "config", "chat"},
     {"ops"},
     {"method"},
     {"cache"},
@@ -91,10 +89,6 @@ def test_reference_and_kernel_do_not_import_each_other(operation):
     )
 
 
-def test_eviction_policies_are_those_the_config_knows():
-    assert set(POLICIES) == set(EVICTION_POLICIES)
-
-
 def run_python(script):
     environment = {**os.environ, "PEFT_PTE_CHECK_SHAPES": "0"}
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
@@ -147,5 +141,16 @@ def test_importing_twice_registers_once():
 
 
 def test_public_names():
-    assert set(peft_pte.__all__) == {"PTECache", "PTEConfig", "PTEModel", "__version__", "prompt_end"}
+    assert set(peft_pte.__all__) == {
+        "EvictionPolicy",
+        "Evictions",
+        "PTECache",
+        "PTEConfig",
+        "PTEModel",
+        "Window",
+        "__version__",
+        "head_importance",
+        "prompt_end",
+        "register_eviction",
+    }
     assert all(hasattr(peft_pte, name) for name in peft_pte.__all__)

@@ -13,13 +13,15 @@ from ..machine import plain, provenance
 from ..small import digest
 from .evaluate import evaluate, frozen_state, swapped_evictions
 from .model import base_model
-from .train import Settings, settings_dict, train
+from .train import Settings, settings_dict, train, with_importance
 from .variants import VARIANTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EVALUATION_LENGTHS = (162, 240)
 EVALUATION_TRACES = 512
 SHORT_STAGES = ((96, 400),)
+
+EVICTIONS = ("random", "key_diff", "attention", "head_budget")
 
 # One change each against an arm: fields of `Settings`.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -42,6 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "long-only": {"stages": ((162, 400),)},
     "twice-as-long": {"stages": ((96, 800), (162, 300))},
 } | {name: {"variant": name} for name in VARIANTS}
+ABLATIONS |= {f"evict-{name}": {"overrides": {"eviction": name}} for name in EVICTIONS}
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ def run(settings: Settings, seed: int, device: str, command: str, name: str, sho
     wall, cpu = time.perf_counter(), time.process_time()
     origin = provenance(command)
     base = base_model(seed, settings.layers, device)
+    settings = with_importance(settings, base)
     result: dict[str, Any] = {"name": name, "arm": settings.arm, "seed": seed, "settings": settings_dict(settings)}
     result["base_weights"] = digest(base)
     result["steps"] = settings.steps if settings.arm != "base" else 0

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from peft_pte import PTEConfig
+from peft_pte import PTEConfig, head_importance
 
 from ..small import Training
 from .model import recall
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 ARMS: dict[str, dict[str, Any] | None] = {
     "base": None,
     "pte": {},
+    "pte-slots": {"encoder_attention": "slots"},
     "pte-value": {"state_address": "value"},
     "global-only": {"state_update": "frozen"},
     "lora": {"state_update": "off"},
@@ -144,6 +145,22 @@ def train(base: PreTrainedModel, settings: Settings, seed: int) -> tuple[PeftMod
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
     }
+
+
+def with_importance(settings: Settings, base: PreTrainedModel) -> Settings:
+    """``settings``, where windows are shared out with how far back the heads of ``base`` look on traces of the longest stage."""
+    if settings.overrides.get("eviction") != "head_budget":
+        return settings
+    traces = make_traces(32, max(length for length, _ in settings.stages), torch.Generator().manual_seed(3000))
+    measured = head_importance(
+        base,
+        traces.input_ids.to(base.device),
+        cache_window=settings.window,
+        evict_ratio=settings.evict_ratio,
+        prompt_length=PROMPT,
+    )
+    options = {"importance": [[round(share, 4) for share in layer] for layer in measured]}
+    return replace(settings, overrides={**settings.overrides, "eviction_options": options})
 
 
 def settings_dict(settings: Settings) -> dict[str, Any]:

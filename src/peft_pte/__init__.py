@@ -9,9 +9,23 @@ from ._peft_type import PTE
 from .cache.cache import PTECache
 from .chat import prompt_end
 from .config import PTEConfig
+from .eviction.policy import EvictionPolicy, Window, register_eviction
+from .eviction.records import Evictions
+from .tuner.importance import head_importance
 from .tuner.model import PTEModel
 
-__all__ = ["PTECache", "PTEConfig", "PTEModel", "__version__", "prompt_end"]
+__all__ = [
+    "EvictionPolicy",
+    "Evictions",
+    "PTECache",
+    "PTEConfig",
+    "PTEModel",
+    "Window",
+    "__version__",
+    "head_importance",
+    "prompt_end",
+    "register_eviction",
+]
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,10 @@ from weakref import WeakSet
 from peft.config import PeftConfig
 
 from ._peft_type import PTE
+from .eviction import policies as policies  # registers them
+from .eviction.policy import make_policy
 from .lora_fields import explain_argument, explain_attribute, is_lora_field
 
-EVICTION_POLICIES = ("sliding_window", "key_diff")
 STATE_UPDATES = ("progressive", "frozen", "off")
 ENCODER_ATTENTIONS = ("linear", "softmax", "slots")
 KEY_ROTATIONS = ("removed", "kept")
@@ -29,6 +30,7 @@ LIVE_FIELDS = (
     "cache_window",
     "evict_ratio",
     "eviction",
+    "eviction_options",
     "prompt_end",
     "backprop_through_cache",
     "segment_length",
@@ -110,8 +112,11 @@ class PTEConfig(PeftConfig):
         cache_window: Thought tokens ``W`` the cache holds, in tokens. ``None`` means an unbounded cache: the same
             adapter, reading ``S0`` for ever.
         evict_ratio: Share of the window that leaves it at an eviction (paper: 0.25).
-        eviction: Which thoughts leave: ``"sliding_window"`` (the oldest) or ``"key_diff"`` (per head, the keys most
-            like the average key; arXiv 2504.15364).
+        eviction: Which thoughts leave: ``"sliding_window"`` (the oldest); or per head ``"random"``, ``"key_diff"`` (the keys most
+            like the average key; arXiv 2504.15364), ``"attention"`` (the least attended by the last queries; arXiv 2404.14469),
+            ``"head_budget"`` (the same, and heads that look back further hold more; arXiv 2410.19258), or a policy that was
+            registered (:func:`peft_pte.register_eviction`). See ``docs/eviction.md``.
+        eviction_options: Fields of the policy, as ``{"queries": 16}`` for ``"attention"``.
         num_global_tokens: Rows ``Q`` of the state, learned tokens that ask the questions (paper: 32). ``0`` starts
             from an empty state and keeps one learned query per rank.
         encoder_attention: ``"linear"``: the paper's ``S' = (W_Q h_g)(W_K K)^T (W_V V)``; ``"softmax"``: the same with a
@@ -178,8 +183,9 @@ class PTEConfig(PeftConfig):
         default=1024, metadata={"help": "Thought tokens the cache holds; None: unbounded."}
     )
     evict_ratio: float = field(default=0.25, metadata={"help": "Share of the window that leaves at an eviction."})
-    eviction: Literal["sliding_window", "key_diff"] = field(
-        default="sliding_window", metadata={"help": "Which thoughts leave the window."}
+    eviction: str = field(default="sliding_window", metadata={"help": "Which thoughts leave the window."})
+    eviction_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Options of the policy that `eviction` names."}
     )
     num_global_tokens: int = field(default=32, metadata={"help": "Rows of the thought state; 0: no global start."})
     encoder_attention: Literal["linear", "softmax", "slots"] = field(
@@ -326,7 +332,6 @@ class PTEConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         for name, allowed in (
-            ("eviction", EVICTION_POLICIES),
             ("encoder_attention", ENCODER_ATTENTIONS),
             ("state_update", STATE_UPDATES),
             ("key_rotation", KEY_ROTATIONS),
@@ -337,6 +342,13 @@ class PTEConfig(PeftConfig):
             if value not in allowed:
                 options = ", ".join(repr(option) for option in allowed)
                 raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+        if not isinstance(self.eviction_options, dict):
+            raise TypeError(
+                f"`eviction_options` must be a dictionary, got {self.eviction_options!r}. Write {{'queries': 16}}, or leave it out."
+            )
+        policy = make_policy(self.eviction, self.eviction_options)
+        if self.cache_window is not None:
+            policy.check(self.cache_window, self.tokens_per_eviction)
         if self.state_update == "off" and self.num_global_tokens == 0:
             raise ValueError(
                 '`num_global_tokens` must be at least 1 with state_update="off", got 0: the state is then the '

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from .cache.cache import PTECache
 from .cache.rows import Rows
 from .config import PTEConfig
+from .eviction.policy import EvictionPolicy, make_policy
+from .eviction.records import EvictionMemory, Evictions
 from .host.compat import CACHE_METHOD, attention_of
 from .host.sites import Site, find_sites
 from .host.trial import counts_columns
@@ -70,6 +72,7 @@ class Seam:
         self.prompt_watch = PromptWatch(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.calls = Calls()
         self.stacks = Stacks()
+        self.memory: EvictionMemory | None = None
         self.groups: dict[int, list[tuple[PTELinear, ...]]] = {}
         # A hook that dispatches weights over devices may have replaced the forward of the instance already.
         self.dispatched = self.backbone.__dict__.get("forward")
@@ -220,9 +223,28 @@ class Seam:
     def most_evictions(self, adapter: str) -> int:
         """Evictions of a chunk, at most: one where the next depends on what the chunk makes, or no mask could tell its tokens apart."""
         config = self.config(adapter)
-        if config.eviction != "sliding_window" or not config.backprop_through_cache:
+        if not self.policy(adapter).uniform or not config.backprop_through_cache:
             return 1
         return config.evictions_per_window if attention_of(self.text_config) in _MASKABLE else 1
+
+    def policy(self, adapter: str) -> EvictionPolicy:
+        """What leaves the window of an adapter."""
+        config = self.config(adapter)
+        return make_policy(config.eviction, config.eviction_options)
+
+    def remembers(self, adapter: str) -> bool:
+        """Whether what leaves is to be remembered: somebody asked, and something is chosen."""
+        return (
+            self.memory is not None
+            and self.config(adapter).cache_window is not None
+            and not self.policy(adapter).uniform
+        )
+
+    def recall(self, ids: Tensor | None, mask: Tensor | None, cache: PTECache | None) -> Evictions | None:
+        """What left sequences when they were written, where that is remembered (:class:`EvictionMemory`)."""
+        if self.memory is None or ids is None or cache is not None:
+            return None
+        return self.memory.recall(ids, mask)
 
     def pass_length(self, adapter: str) -> int:
         """Columns of a pass with gradients, at most."""
@@ -288,6 +310,10 @@ class Generation:
     """``[B]``, by how much it counts the positions of a row too high; ``None``: not at all."""
     ids: Tensor | None = None
     """``[B, N]``, what it goes on from."""
+    record: bool = False
+    """Whether it is noted what leaves."""
+    continued: bool = False
+    """Whether its cache held something before."""
 
     def take(self) -> PromptSpec:
         """What it says about its prompts, to the call that prefills them."""

@@ -92,22 +92,63 @@ def oracle(model, prompt, thoughts):
         return normalise(encode(layer, None, None))
 
     def evict(layer):
-        leaving, thought[layer] = thought[layer][:m], thought[layer][m:]
+        left = []
+        for head, here in enumerate(held[layer]):
+            # A head that is to hold fewer than it does loses more, one that is to hold more loses none.
+            count = m if pte.eviction != "head_budget" else max(0, len(here) - budgets(pte, layer, W, m)[head] + m)
+            order = sorted(here, key=scores(layer, head).__getitem__)[:count]
+            left.append(sorted(order))
+            held[layer][head] = [number for number in here if number not in order]
         if pte.state_update != "progressive":
             return
-        keys = torch.stack([(key if pte.key_rotation == "kept" else unrotated) for key, _, unrotated in leaving])
-        values = torch.stack([value for _, value, _ in leaving])
+        longest = max(map(len, left))
+        zero = torch.zeros(head_dim, dtype=torch.float64)
+
+        def stacked(part):
+            heads = [
+                [zero] * (longest - len(numbers)) + [thought[layer][n][part][head] for n in numbers]
+                for head, numbers in enumerate(left)
+            ]
+            return torch.stack([torch.stack(head) for head in heads], dim=1)
+
+        keys, values = stacked(0 if pte.key_rotation == "kept" else 2), stacked(1)
         state[layer] = normalise(state[layer] + pte.update_gain * encode(layer, keys.flatten(1), values.flatten(1)))
+
+    def scores(layer, head):
+        """What the thoughts of a head are worth, by number; equal ones leave from the oldest on."""
+        here = held[layer][head]
+        if pte.eviction == "sliding_window":
+            return {number: number for number in here}
+        if pte.eviction == "random":
+            first = len(prompt)
+            mixed = {n: mix(mix(mix(head + 1009 * layer) + first + max(here)) + first + n) for n in here}
+            return {number: value & 0xFFFFFF for number, value in mixed.items()}
+        keys = {number: thought[layer][number][0][head] for number in here}
+        if pte.eviction == "key_diff":
+            mean = torch.stack([key / key.norm() for key in keys.values()]).mean(dim=0)
+            return {number: -(key @ mean / key.norm() / mean.norm()).item() for number, key in keys.items()}
+        total, seen = dict.fromkeys(here, 0.0), dict.fromkeys(here, 0)
+        for number in list(range(len(thought[layer])))[-pte.eviction_options["queries"] :]:
+            visible = [other for other in here if other <= number]
+            columns = torch.stack([entry[0][head] for entry in prompted[layer]] + [keys[other] for other in visible])
+            for query in queried[layer][number].chunk(groups)[head]:
+                weights = (columns @ query / math.sqrt(head_dim)).softmax(dim=0)[len(prompt) :]
+                for other, weight in zip(visible, weights, strict=True):
+                    total[other] += weight.item()
+                    seen[other] += 1
+        return {number: total[number] / max(1, seen[number]) for number in here}
 
     W = math.inf if pte.cache_window is None else pte.cache_window
     m = None if pte.cache_window is None else max(1, math.floor(pte.evict_ratio * W))
     state = [initial(layer) for layer in range(host.num_hidden_layers)]
     prompted = [[] for _ in state]  # per layer, a list of (rotated key, value, unrotated key)
     thought = [[] for _ in state]
+    queried = [[] for _ in state]
+    held = [[[] for _ in range(groups)] for _ in state]  # per layer and head, the numbers of the thoughts in the cache
     logits = []
     for position, token in enumerate(prompt + thoughts):
         written = prompted if position < len(prompt) else thought
-        if len(thought[0]) == W and written is thought:
+        if written is thought and len(thought[0]) >= W and (len(thought[0]) - W) % m == 0:
             for layer in range(host.num_hidden_layers):
                 evict(layer)
         x = weights["model.embed_tokens.weight"][token]
@@ -116,20 +157,52 @@ def oracle(model, prompt, thoughts):
             h = rms_norm(x, f"{here}.input_layernorm")
             q, k, v = (linear(h, f"{here}.self_attn.{name}_proj", S).view(-1, head_dim) for name in "qkv")
             written[layer].append((rotate(k, position), v, k))
-            keys, values = (
-                torch.stack([entry[i] for entry in prompted[layer] + thought[layer]]).repeat_interleave(
-                    heads // groups, dim=1
-                )
-                for i in (0, 1)
-            )
-            scores = torch.einsum("hd,chd->hc", rotate(q, position), keys) / math.sqrt(head_dim)
-            mixed = torch.einsum("hc,chd->hd", scores.softmax(dim=-1), values).flatten()
+            q = rotate(q, position)
+            if written is thought:
+                queried[layer].append(q)
+                for here_too in held[layer]:
+                    here_too.append(len(thought[layer]) - 1)
+            mixed = []
+            for head, query in enumerate(q):
+                group = head // (heads // groups)
+                entries = prompted[layer] + [thought[layer][number] for number in held[layer][group]]
+                keys, values = (torch.stack([entry[i][group] for entry in entries]) for i in (0, 1))
+                mixed.append((keys @ query / math.sqrt(head_dim)).softmax(dim=0) @ values)
+            mixed = torch.cat(mixed)
             x = x + linear(mixed, f"{here}.self_attn.o_proj", S)
             h = rms_norm(x, f"{here}.post_attention_layernorm")
             gate, up = (linear(h, f"{here}.mlp.{name}_proj", S) for name in ("gate", "up"))
             x = x + linear(gate * gate.sigmoid() * up, f"{here}.mlp.down_proj", S)
         logits.append(weights["lm_head.weight"] @ rms_norm(x, "model.norm"))
     return torch.stack(logits)
+
+
+def budgets(pte, layer, window, step):
+    """The window of a layer, split: what all heads get, then half of the rest alike and half by importance, whole thoughts."""
+    importance, least = pte.eviction_options["importance"][layer], max(step, pte.eviction_options["queries"])
+    rest = len(importance) * (window - least)
+    shares = [rest * (0.5 / len(importance) + 0.5 * number / sum(importance)) for number in importance]
+    whole = [math.floor(share) for share in shares]
+    for head in sorted(range(len(whole)), key=lambda head: whole[head] - shares[head])[: rest - sum(whole)]:
+        whole[head] += 1
+    return [least + number for number in whole]
+
+
+def mix(number):
+    """64 bits for 64 bits, signed."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        number = ((number ^ ((number >> 33) & 0x7FFFFFFF)) * factor + 2**63) % 2**64 - 2**63
+    return number ^ ((number >> 33) & 0x7FFFFFFF)
+
+
+POLICIES = [
+    {"eviction": "random"},
+    {"eviction": "key_diff"},
+    {"eviction": "attention", "eviction_options": {"queries": 1}},
+    {"eviction": "attention", "eviction_options": {"queries": 3}},
+    {"eviction": "head_budget", "eviction_options": {"queries": 1, "importance": [[1.0, 0.0], [0.2, 0.9]]}},
+    {"eviction": "head_budget", "eviction_options": {"queries": 2, "importance": [[0.0, 5.0], [1.0, 1.0]]}},
+]
 
 
 @pytest.fixture
@@ -233,13 +306,28 @@ def test_other_windows(float64_host, window, ratio):
     assert_agrees(build(cache_window=window, evict_ratio=ratio), LENGTHS["far_above"], EXACT, do_sample=False)
 
 
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_policies_that_look(float64_host, policy, length):
+    assert_agrees(build(**policy), length, EXACT)
+
+
+@pytest.mark.parametrize(
+    "method", [{"encoder_attention": "slots"}, {"encoder_attention": "softmax"}, {"state_update": "off"}], ids=str
+)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_policies_and_encoders(float64_host, policy, method):
+    assert_agrees(build(**policy, **method, cache_window=11, evict_ratio=0.3), 50, EXACT)
+
+
 @pytest.mark.parametrize("keys", ["removed", "kept"])
 def test_transformers_own_llama(keys):
     assert_agrees(build(key_rotation=keys), LENGTHS["far_above"], STOCK)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + POLICIES, ids=lambda method: str(method) if "eviction" in method else None)
 def test_every_gradient_agrees_with_autograd_through_the_oracle(float64_host, method):
+    method = {"state_update": "progressive", **method}
     model = build(**method, backprop_through_cache=True).train()
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, VOCAB, (P,), generator=generator).tolist() for P in PROMPT_LENGTHS]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,12 +26,16 @@ from transformers.cache_utils import (
 )
 
 from ..config import PTEConfig
+from ..eviction.budgets import HeadClock
+from ..eviction.policy import EvictionPolicy, make_policy
+from ..eviction.records import Evictions
 from ..method.state import LayerState, Reading, ThoughtState
-from .eviction import make_policy
 from .fixed import FixedAddresses
+from .heads import ChoosingLayer
 from .own import fork_own, map_own, own_tensors, renumber_own, repeat_own, replace_own, select_own
+from .ragged import RaggedLayer
 from .rows import Rows
-from .schedule import held_after
+from .schedule import evictions_before, held_after
 from .store import SharedSlots, ThoughtLayer
 
 
@@ -74,13 +77,16 @@ class PTECache(Cache):
     def __init__(self, model_config: PreTrainedConfig, pte_config: PTEConfig, static: bool = False) -> None:
         self.window = pte_config.cache_window
         self.tokens_per_eviction = 0 if self.window is None else pte_config.tokens_per_eviction
-        self.policy = make_policy(pte_config.eviction)
+        self.policy = make_policy(pte_config.eviction, pte_config.eviction_options)
         self.fixed = FixedAddresses() if static else None
         self.shared = SharedSlots() if static else None
         layers: list[Any] = list(DynamicCache(config=model_config).layers)
         if self.window is not None:
-            made = partial(ThoughtLayer, self.window, self.policy, shared=self.shared)
-            layers = [_bounded(layer, made, index, static) for index, layer in enumerate(layers)]
+            self.policy.check(self.window, self.tokens_per_eviction)
+            layers = [_kept(layer, index, static) for index, layer in enumerate(layers)]
+            bounded = [index for index, layer in enumerate(layers) if layer is None]
+            made = _made(bounded, self.policy, self.window, self.tokens_per_eviction, self.shared)
+            layers = [made.get(index, layer) for index, layer in enumerate(layers)]
             if not any(isinstance(layer, ThoughtLayer) for layer in layers):
                 raise NotImplementedError(
                     f"`cache_window` has nothing to bound: every layer of {type(model_config).__name__} already has "
@@ -132,6 +138,12 @@ class PTECache(Cache):
         return 0 if self.rows is None else self.rows.evictions
 
     @property
+    def spare(self) -> int:
+        """Thoughts beyond ``W`` that a head holds at most: more than none where heads share a window."""
+        longest = [layer.longest for layer in self.layers if isinstance(layer, RaggedLayer)]
+        return max(longest, default=self.window or 0) - (self.window or 0)
+
+    @property
     def room(self) -> int:
         """Thoughts that can be written before the next eviction of any row."""
         window, counts = self.window or 0, [0] if self.rows is None else self.rows.bound
@@ -140,12 +152,17 @@ class PTECache(Cache):
     def window_positions(self, index: int) -> Tensor:
         """``[B, 1 or G, W]``, absolute positions of the thoughts that a bounded layer holds; -1 where a slot holds none.
 
+        Where heads share a window there are as many as the longest holds.
+
         Raises:
             RuntimeError: The cache is empty.
         """
         if self.rows is None:
             raise RuntimeError("This cache is empty: nothing was written to it yet.")
-        own = dict(self.thought_layers)[index].slot_positions
+        layer = dict(self.thought_layers)[index]
+        if isinstance(layer, RaggedLayer):
+            return layer.held_positions(self.rows.thoughts)
+        own = layer.slot_positions if isinstance(layer, ChoosingLayer) else None
         held = self.rows.positions[:, None, :-1] if own is None else own
         return held.masked_fill(~self.rows.visible()[:, None].to(held.device), -1)
 
@@ -205,7 +222,13 @@ class PTECache(Cache):
         """The clocks of ``batch`` rows, made when they are first asked for."""
         if self.rows is None:
             self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+            self._begin_logs(batch)
         return self.rows
+
+    def _begin_logs(self, batch: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, ChoosingLayer) and layer.log is not None:
+                layer.log = [[] for _ in range(batch)]
 
     def count(self, rows: Rows, columns: int) -> None:
         """Note that ``columns`` more columns of the caller were seen."""
@@ -228,7 +251,7 @@ class PTECache(Cache):
         """Let what stands in slots be columns; returns how many of them are thoughts."""
         if self.rows is None:
             return 0
-        how = self.rows.unrolling()
+        how = self.rows.unrolling(self.spare)
         for _, layer in self.thought_layers:
             layer.unroll(how)
         positions = self.rows.positions
@@ -243,9 +266,62 @@ class PTECache(Cache):
             return None
         return Reading(state, state.shape[0], 1, self.adapter or "", read={}, downs=fixed.downs.get(index, {}))
 
+    def record(self) -> None:
+        """From now on note what heads give up, for :attr:`evicted`.
+
+        Raises:
+            ValueError: Nothing is chosen, or something has left already.
+        """
+        chosen = [layer for layer in self.layers if isinstance(layer, ChoosingLayer)]
+        if not chosen:
+            raise ValueError(
+                'Nothing is chosen with eviction="sliding_window": the oldest leave, and scoring knows them by itself. Leave '
+                "`return_evictions` and `evictions` out."
+            )
+        if self.recording:
+            return
+        if self.evictions:
+            raise ValueError(
+                "Thoughts have left this cache before its evictions were recorded. Ask for them (`return_evictions=True`) from the first call on."
+            )
+        batch = 0 if self.rows is None else len(self.rows.bound)
+        for layer in chosen:
+            layer.log = [[] for _ in range(batch)]
+
+    @property
+    def recording(self) -> bool:
+        """Whether it is noted what heads give up."""
+        return any(isinstance(layer, ChoosingLayer) and layer.log is not None for layer in self.layers)
+
+    def evicted_of(self, row: int, thoughts: int) -> Evictions:
+        """What the heads of a row gave up before it had written ``thoughts``, as a batch of one."""
+        count = int(evictions_before(thoughts - 1, self.window or 0, self.tokens_per_eviction)) if thoughts > 0 else 0
+        logs = {index: layer.log for index, layer in self.thought_layers if isinstance(layer, ChoosingLayer)}
+        return Evictions.of_rows({index: None if log is None else [log[row]] for index, log in logs.items()}, [count])
+
+    @property
+    def evicted(self) -> Evictions:
+        """What heads gave up so far.
+
+        Raises:
+            ValueError: Nobody asked for it (:meth:`record`).
+        """
+        if not self.recording or self.rows is None:
+            raise ValueError(
+                "Nothing was recorded. Ask for it before: `record()`, or generate(..., return_evictions=True)."
+            )
+        thoughts = self.rows.thoughts.tolist()
+        counts = [
+            int(evictions_before(count - 1, self.window or 0, self.tokens_per_eviction)) if count else 0
+            for count in thoughts
+        ]
+        logs = {index: layer.log for index, layer in self.thought_layers if isinstance(layer, ChoosingLayer)}
+        return Evictions.of_rows(logs, counts)
+
     def make_rows(self, batch: int, prompt: int, device: torch.device) -> None:
         """Let an empty cache have ``batch`` rows that hold nothing, with slots for prompts of ``prompt``; each is to be replaced."""
         self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+        self._begin_logs(batch)
         self.rows.begin(prompt, torch.zeros(batch, prompt, dtype=torch.bool, device=device))
         self.prompt_ends = torch.zeros(batch, dtype=torch.long, device=device)
 
@@ -372,6 +448,11 @@ class PTECache(Cache):
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove == 0:
             return super().crop(0)
+        if self.policy.observed:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 with a policy that looks at queries, got {tokens_to_remove}: those before the last are forgotten. "
+                'Use eviction="sliding_window", "random" or "key_diff", or generate without an assistant.'
+            )
         if self.evictions:
             raise ValueError(
                 f"`tokens_to_remove` must be 0 after an eviction, got {tokens_to_remove}: what was evicted cannot be "
@@ -417,6 +498,11 @@ class PTECache(Cache):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         """Apply ``function`` to every tensor of ours, and ``own`` to every layer that is the model's own."""
+        if self.recording and self.rows is not None:
+            rows = function(torch.arange(len(self.rows.bound), device=self.rows.device)).tolist()
+            for _, choosing in self.thought_layers:
+                if isinstance(choosing, ChoosingLayer) and choosing.log is not None:
+                    choosing.log = [list(choosing.log[row]) for row in rows]
         for layer in self.layers:
             if isinstance(layer, ThoughtLayer):
                 layer.map(function)
@@ -454,6 +540,7 @@ _SHARED_FIELDS = operator.attrgetter(
     "state_address",
     "cache_window",
     "eviction",
+    "eviction_options",
     "r",
     "num_global_tokens",
     "state_update",
@@ -484,7 +571,7 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
         )
     if cache.fingerprint != fingerprint(config):
         raise ValueError(
-            f"`past_key_values` was built for another adapter configuration (window, eviction, prompt end, queries, rank, update): "
+            f"`past_key_values` was built for another adapter configuration (window, eviction and its options, prompt end, queries, rank, update): "
             f"{cache.fingerprint}, got {fingerprint(config)} now. Build one with PTECache(model.config, pte_config)."
         )
     if cache.adapter not in (None, adapter):
@@ -500,9 +587,10 @@ def check_cache(cache: Any, config: PTEConfig, adapter: str) -> None:
     cache.adapter = adapter
 
 
-def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int, static: bool) -> Any:
+def _kept(layer: Any, index: int, static: bool) -> Any:
+    """What stands for a layer that transformers would make; ``None``: one that is bounded."""
     if type(layer) is DynamicLayer:
-        return made(index=index)
+        return None
     if type(layer) is DynamicSlidingWindowLayer and static:
         return StaticSlidingWindowLayer(layer.sliding_window, layer.sliding_window)
     if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer):
@@ -512,3 +600,34 @@ def _bounded(layer: Any, made: Callable[..., ThoughtLayer], index: int, static: 
         "window, sliding and linear attention keep what they keep. Use a model of such layers, or "
         "PTEConfig(cache_window=None)."
     )
+
+
+def _made(
+    indices: Sequence[int], policy: EvictionPolicy, window: int, step: int, shared: SharedSlots | None
+) -> dict[int, ThoughtLayer]:
+    """Bounded layers.
+
+    Raises:
+        NotImplementedError: Heads share a window, and are to stand at fixed addresses.
+        ValueError: What heads get is no whole window.
+    """
+    if policy.uniform:
+        return {index: ThoughtLayer(window, policy, index, shared) for index in indices}
+    budgets = {index: policy.budgets(index, window, step) for index in indices}
+    clocks = {index: HeadClock(given, window, step) for index, given in budgets.items() if given is not None}
+    if not clocks:
+        return {index: ChoosingLayer(window, policy, index, shared) for index in indices}
+    if shared is not None:
+        raise NotImplementedError(
+            f"A static cache has heads of one length, and {type(policy).__name__} gives them different ones. Leave `cache_implementation` unset, "
+            'or use eviction="attention".'
+        )
+    for index in indices:
+        given = budgets[index]
+        if given is None or sum(given) != len(given) * window or min(given) < step:
+            raise ValueError(
+                f"{type(policy).__name__}.budgets must give each head of layer {index} at least {step} thoughts, and {window} on average, got "
+                f"{given}."
+            )
+    longest = max(clock.most_held for clock in clocks.values())
+    return {index: RaggedLayer(window, policy, index, clock=clocks[index], longest=longest) for index in indices}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .schedule import evictions_before, first_visible, held_after, is_due, newest_in
+from .schedule import evictions_before, first_visible, held_after, is_due, newest_in, until_due
 from .store import Leaving, Step, Unrolling
 
 
@@ -204,13 +204,16 @@ class Rows:
         self.columns = max(self.columns, other.columns)
         self.replaced = True
 
-    def unrolling(self) -> Unrolling:
-        """How what stands in slots becomes columns: each row from its oldest thought to its newest, which is the last."""
-        columns = max(held_after(count, self.window, self.step) for count in self.bound)
+    def unrolling(self, spare: int = 0) -> Unrolling:
+        """How what stands in slots becomes columns: each row from its oldest thought to its newest, which is the last.
+
+        ``spare`` more than ``W`` of them where heads hold more.
+        """
+        columns = max(min(count, held_after(count, self.window, self.step) + spare) for count in self.bound)
         if self.in_step and self.bound[0] <= self.window:
-            return Unrolling(self.prompt, columns, None)
+            return Unrolling(self.prompt, columns, None, self.thoughts)
         thought = self.thoughts[:, None] - columns + torch.arange(columns, device=self.device)
-        return Unrolling(self.prompt, columns, thought.clamp(min=0) % self.window)
+        return Unrolling(self.prompt, columns, thought.clamp(min=0) % self.window, self.thoughts)
 
     def slots_of(self, written: Tensor) -> Tensor:
         """``[B', W]``, the newest thought in each slot of rows that have written ``written [B']``; negative: none."""
@@ -239,6 +242,7 @@ class Rows:
                 if is_due(count, self.window, self.step) and (writes is None or writes[row])
             ]
         leaving = self._leaving(evicting, running) if evicting else None
+        until = min(until_due(count, self.window, self.step) for count in set(self.bound))
         if in_step:
             write = torch.full_like(counts, first % self.window)
         else:
@@ -251,7 +255,7 @@ class Rows:
             self.bound = [count + (writes is None or writes[row]) for row, count in enumerate(self.bound)]
         self.thoughts = counts + 1 if running is None else counts + running
         slots = self.prompt + min(max(self.bound), self.window)
-        return Step(leaving, write, write + self.prompt, positions, slots)
+        return Step(leaving, write, write + self.prompt, positions, counts, until, max(self.bound), slots)
 
     def _leaving(self, evicting: list[int], running: Tensor | None) -> Leaving:
         rows = None if len(evicting) == len(self.bound) else self._rows(evicting)
@@ -259,7 +263,17 @@ class Rows:
         over = None
         if running is not None:
             over = ~(running if rows is None else running.index_select(0, rows))
-        return Leaving(rows, (counts[:, None] + self._slots[: self.step]) % self.window, over)
+        mask = self.prompt_mask if rows is None or self.prompt_mask is None else self.prompt_mask.index_select(0, rows)
+        first = min(self.bound[row] for row in evicting)
+        return Leaving(
+            rows,
+            (counts[:, None] + self._slots[: self.step]) % self.window,
+            over,
+            counts,
+            mask,
+            (first - self.window) // self.step,
+            tuple(evicting),
+        )
 
     def positions_of(self, leaving: Leaving) -> Tensor:
         """``[B', 1, m]``, absolute positions of what leaves."""

@@ -35,6 +35,11 @@ def is_due(thought: int, window: int, step: int) -> bool:
     return thought >= window and (thought - window) % step == 0
 
 
+def until_due(thought: int, window: int, step: int) -> int:
+    """Thoughts, ``thought`` the first of them, that are written before the next eviction that comes behind it."""
+    return (evictions_before(thought, window, step) * step + window) - thought
+
+
 def held_after(thoughts: int, window: int, step: int) -> int:
     """Thoughts in the window after ``thoughts`` were written."""
     return thoughts - first_visible(thoughts - 1, window, step) if thoughts else 0

@@ -14,18 +14,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
-from ..method.state import Departing, Evicted
-from .eviction import EvictionPolicy
+from ..eviction.policy import EvictionPolicy
+from ..method.state import Evicted
 
 # At fixed addresses slots are allocated in multiples of this, so that prompts of about the same length share compiled code.
 _SLOTS_MULTIPLE = 64
+
+Part = TypeVar("Part")
 
 
 class KeyValue(NamedTuple):
@@ -70,6 +71,8 @@ class Unrolling:
     """Columns of thoughts."""
     slots: Tensor | None
     """``[B, columns]``, in which slot of the window each stands; ``None``: in the first ones."""
+    written: Tensor
+    """``[B]``, thoughts that each row has written."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,40 @@ class Ending:
     """``[B']``; ``None``: all."""
     columns: Tensor
     """``[B', W]``, the column of thoughts that goes into each slot."""
+    behind: Tensor
+    """``[B']``, columns behind the last thought."""
+    written: Tensor
+    """``[B']``, thoughts that they have written."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What left at an eviction when a sequence was written, to leave again."""
+
+    layers: dict[int, Tensor]
+    """By layer of the model, ``[B, G, m]``, absolute positions; negative in rows that nothing is known of."""
+    complete: bool
+    """Whether something is known of all rows."""
+
+
+@dataclass(frozen=True)
+class Departing:
+    """What evictions take out of columns."""
+
+    positions: Tensor
+    """``[B, 1, E]``, absolute, of the oldest; heads that choose have their own."""
+    valid: Tensor | None
+    """``[B, 1, E]``, False where a row loses nothing; ``None``: all do."""
+    prompt_mask: Tensor | None
+    """``[B, P]``, False where their prompts do not use a slot; ``None``: all do."""
+    numbers: Tensor
+    """``[B]``, evictions of each row before."""
+    first: int
+    """The fewest of them among rows that lose anything."""
+    due: tuple[bool, ...]
+    """Which rows lose anything, as the host knows it."""
+    recorded: Recorded | None
+    """What is to leave; ``None``: what the policy gives up."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +129,14 @@ class Leaving:
     """``[B', m]``, slots of the window that they lose, oldest first."""
     over: Tensor | None
     """``[B']``, True for those of them that have ended, and lose nothing; ``None``: none has."""
+    written: Tensor
+    """``[B']``, thoughts that they have written."""
+    prompt_mask: Tensor | None
+    """``[B', P]``, False where their prompts do not use a slot; ``None``: all do."""
+    first: int
+    """Evictions before this one of the row that had fewest, as far as the host knows."""
+    places: tuple[int, ...]
+    """``rows``, as the host knows them."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +151,12 @@ class Step:
     """``[B]``, the same counted from the first slot of the prompt."""
     positions: Tensor
     """``[B]``, absolute positions."""
+    thoughts: Tensor
+    """``[B]``, thoughts that each has written before."""
+    until: int
+    """Thoughts, this one among them, that the row which evicts next writes before, as far as the host knows."""
+    most: int
+    """Thoughts, this one among them, of the row that has most, as far as the host knows."""
     slots: int
     """Slots that attention gets."""
 
@@ -157,6 +208,8 @@ class ThoughtLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    watched = False
+    """Whether it is to be shown the queries of what runs."""
     supports_early_init = False
 
     def __init__(self, window: int, policy: EvictionPolicy, index: int = 0, shared: SharedSlots | None = None) -> None:
@@ -166,12 +219,8 @@ class ThoughtLayer(CacheLayerMixin):
         self.prompt_slots = 0
         self.prompt: tuple[KeyValue, ...] = ()
         self.recent: tuple[KeyValue, ...] = ()
-        # Absolute positions by head, of slots [B, G, W] and of columns, where heads choose for themselves what leaves.
-        self.slot_positions: Tensor | None = None
-        self.column_positions: Tensor | None = None
-        # What comes next: columns of prompt, and the positions of thoughts; or one token per row, and where it is written.
+        # What comes next: columns of prompt; or one token per row, and where it is written.
         self.new_prompt = self.unrolled = 0
-        self._new_positions: Tensor | None = None
         self.write: Tensor | None = None
         self.slots = 0
         # What a call writes, in the order of its columns, where other layers are to read it.
@@ -213,6 +262,9 @@ class ThoughtLayer(CacheLayerMixin):
         needed = prompt + self.window + 1
         return -(-needed // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE if self.static else needed
 
+    def observe(self, queries: Tensor, scaling: float | None, softcap: float | None) -> None:
+        """See the ``queries [B, H, T, head_dim]`` of the tokens that were written last, where they were asked for."""
+
     # A call of several tokens.
 
     def unroll(self, how: Unrolling) -> None:
@@ -224,8 +276,6 @@ class ThoughtLayer(CacheLayerMixin):
         there = None if how.slots is None else how.slots.to(window.keys.device)
         if how.columns:
             self.recent = (window.narrow(0, how.columns) if there is None else window.gather(there),)
-        if self.slot_positions is not None:
-            self.column_positions = _gathered(self.slot_positions, there, how.columns)
 
     def evict(self, step: int, count: int, drop: int, departing: Departing) -> Evicted:
         """What leaves, from the oldest on; who still sees the columns that are not dropped is up to masks.
@@ -234,24 +284,11 @@ class ThoughtLayer(CacheLayerMixin):
             step: ``m``.
             count: Columns ``E``, a multiple of ``m``.
             drop: Columns that are gone at once.
-            departing: Positions, and rows that lose anything; where heads choose, positions are this layer's own.
+            departing: Positions, and rows that lose anything.
         """
-        if not self.policy.uniform:
-            self._choose(step, departing.valid)
-        evicted = _joined(_narrow(self.recent, 0, count))
-        chosen = self.column_positions
+        evicted = joined(_narrow(self.recent, 0, count))
         self.drop(drop)
-        return Evicted(*evicted, departing.positions if chosen is None else chosen[..., :count], departing.valid)
-
-    def _choose(self, step: int, due: Tensor | None) -> None:
-        """Let the ``step`` thoughts that the policy gives up be the first columns of each head; rows not ``due [B, 1, m]`` stay."""
-        window, positions = _joined(self.recent), _known(self.column_positions)
-        leave, stay = self.policy.select(window.keys, step)
-        order = torch.cat([leave, stay], dim=-1)
-        if due is not None:
-            as_it_is = torch.arange(order.shape[-1], device=order.device)
-            order = torch.where(due[..., :1].to(order.device), order, as_it_is)
-        self.recent, self.column_positions = (window.gather(order),), positions.gather(2, order)
+        return Evicted(*evicted, departing.positions, departing.valid)
 
     @property
     def columns(self) -> int:
@@ -265,51 +302,39 @@ class ThoughtLayer(CacheLayerMixin):
     def shown(self) -> KeyValue:
         """Keys and values of all columns since :meth:`show`, whatever has left since."""
         written, self.written = self.written, None
-        return _joined(tuple(written or ()))
+        return joined(tuple(written or ()))
 
     def drop(self, columns: int) -> None:
         """Forget the first ``columns`` columns of thoughts."""
         if columns:
             self.recent = _narrow(self.recent, columns, self.columns - columns)
-            if self.column_positions is not None:
-                self.column_positions = self.column_positions[..., columns:]
 
     def realign(self, index: Tensor) -> None:
         """Let the columns of thoughts be those at ``index [B, columns]``."""
         there = index.to(self.recent[0].keys.device)
-        self.recent = (_joined(self.recent).gather(there),)
-        if self.column_positions is not None:
-            self.column_positions = _gathered(self.column_positions, there, index.shape[1])
+        self.recent = (joined(self.recent).gather(there),)
 
     def expect(self, prompt: int, positions: Tensor) -> None:
         """Note what comes next: ``prompt`` columns of prompt, then thoughts at the absolute ``positions [B, T]``."""
         self.new_prompt, self.write = prompt, None
-        self._new_positions = None if self.policy.uniform else positions
 
     def keep(self, ending: Ending, prompt: int) -> None:
         """Put the columns of rows that have come to the end of a call into slots, behind a prompt of ``prompt``."""
-        window = _joined(self.recent)
+        window = joined(self.recent)
         there = ending.columns.to(window.keys.device)
         rows = None if ending.rows is None else ending.rows.to(window.keys.device)
         block = self._reserved(window, prompt)
-        self.block = _put(
-            block, _rows_of(window, rows).gather(there), prompt, rows, self._in_place(window.keys, block.keys)
+        self.block = put(
+            block, rows_of(window, rows).gather(there), prompt, rows, self._in_place(window.keys, block.keys)
         )
-        if self.column_positions is not None:
-            chosen = self.column_positions if rows is None else self.column_positions.index_select(0, rows)
-            taken = _gathered(chosen, there, self.window)
-            held = self.slot_positions
-            if held is None or held.shape[0] != window.keys.shape[0]:
-                held = taken.new_zeros(window.keys.shape[0], *taken.shape[1:])
-            self.slot_positions = taken if rows is None else held.index_copy(0, rows, taken)
 
     def rest(self, prompt: int) -> None:
         """Keep the columns of the prompt, ``prompt`` by now, and be at rest."""
         if sum(part.length for part in self.prompt) > self.unrolled:
-            held = _joined(self.prompt)
+            held = joined(self.prompt)
             block = self._reserved(held, prompt)
-            self.block = _put(block, held, 0, None, self._in_place(held.keys, block.keys))
-        self.prompt, self.recent, self.column_positions, self.unrolled = (), (), None, 0
+            self.block = put(block, held, 0, None, self._in_place(held.keys, block.keys))
+        self.prompt, self.recent, self.unrolled = (), (), 0
 
     def replace(self, rows: Tensor, other: ThoughtLayer, prompt: int, batch: int) -> None:
         """Let ``rows [B']`` of ``batch`` be those of ``other``, behind a prompt of ``prompt``."""
@@ -318,14 +343,8 @@ class ThoughtLayer(CacheLayerMixin):
         like = new.map(lambda part: part[:1].expand(batch, -1, -1, -1))
         self.block = block = self._reserved(like, prompt)
         in_place = self._in_place(new.keys, block.keys)
-        block = _put(block, new.narrow(0, other.prompt_slots), 0, there, in_place)
-        self.block = _put(block, new.narrow(other.prompt_slots, self.window), prompt, there, in_place)
-        held, theirs = self.slot_positions, other.slot_positions
-        if held is not None or theirs is not None:
-            nowhere = torch.zeros(1, new.keys.shape[1], self.window, dtype=torch.long, device=there.device)
-            held = nowhere.expand(block.keys.shape[0], -1, -1) if held is None else held
-            theirs = nowhere.expand(len(rows), -1, -1) if theirs is None else theirs
-            self.slot_positions = held.index_copy(0, there, theirs)
+        block = put(block, new.narrow(0, other.prompt_slots), 0, there, in_place)
+        self.block = put(block, new.narrow(other.prompt_slots, self.window), prompt, there, in_place)
 
     def _reserved(self, like: KeyValue, prompt: int) -> KeyValue:
         """Slots for a prompt of ``prompt``, with what stands in them already; the window stands behind the prompt."""
@@ -336,13 +355,13 @@ class ThoughtLayer(CacheLayerMixin):
             if prompt == first:
                 return old
             moved = old.narrow(first, self.window).map(torch.clone)
-            return _put(old, moved, prompt, None, self._in_place(like.keys, old.keys))
+            return put(old, moved, prompt, None, self._in_place(like.keys, old.keys))
         block = self._allocated(like, self.capacity(prompt))
         if old is None or not same:
             return block
         in_place = self._in_place(like.keys, old.keys)
-        block = _put(block, old.narrow(0, first), 0, None, in_place)
-        return _put(block, old.narrow(first, self.window), prompt, None, in_place)
+        block = put(block, old.narrow(0, first), 0, None, in_place)
+        return put(block, old.narrow(first, self.window), prompt, None, in_place)
 
     def _allocated(self, like: KeyValue, capacity: int) -> KeyValue:
         shapes = [(*part.shape[:2], capacity, part.shape[3]) for part in like]
@@ -355,50 +374,17 @@ class ThoughtLayer(CacheLayerMixin):
 
     def lose(self, leaving: Leaving, positions: Tensor | None) -> Evicted:
         """A copy of what leaves, which was at ``positions [B', 1, m]`` where heads do not choose."""
-        if not self.policy.uniform:
-            self._choose_slots(leaving)
         block = self.at_rest
         there = leaving.slots.to(block.keys.device)
         rows = None if leaving.rows is None else leaving.rows.to(block.keys.device)
-        window = _rows_of(block.narrow(self.prompt_slots, self.window), rows)
-        if self.slot_positions is not None:
-            held = self.slot_positions if rows is None else self.slot_positions.index_select(0, rows)
-            positions = _gathered(held, there, there.shape[1])
+        window = rows_of(block.narrow(self.prompt_slots, self.window), rows)
         valid = None if leaving.over is None else (~leaving.over)[:, None, None].expand(-1, 1, there.shape[1])
-        return Evicted(*window.gather(there), _known(positions), valid)
-
-    def _choose_slots(self, leaving: Leaving) -> None:
-        """Let what the policy gives up stand in the slots that are due to be free, and the rest in the others, by age."""
-        block, positions = self.at_rest, _known(self.slot_positions)
-        rows = None if leaving.rows is None else leaving.rows.to(block.keys.device)
-        window = _rows_of(block.narrow(self.prompt_slots, self.window), rows)
-        held = positions if rows is None else positions.index_select(0, rows)
-        free = leaving.slots.to(held.device)
-        # From the oldest on, as columns are, so that equal scores give the same tokens up.
-        age = held.argsort(dim=-1)
-        leave, stay = self.policy.select(window.gather(age).keys, free.shape[1])
-        source = age.gather(2, torch.cat([leave, stay], dim=-1))
-        slots = (free[:, :1] + torch.arange(self.window, device=held.device)) % self.window
-        order = torch.zeros_like(source).scatter(2, slots[:, None].expand_as(source), source)
-        if leaving.over is not None:
-            as_it_is = torch.arange(self.window, device=held.device)
-            order = torch.where(leaving.over.to(held.device)[:, None, None], as_it_is, order)
-        in_place = self._in_place(block.keys)
-        self.block = _put(block, window.gather(order), self.prompt_slots, rows, in_place)
-        chosen = held.gather(2, order)
-        self.slot_positions = chosen if rows is None else positions.index_copy(0, rows, chosen)
+        return Evicted(*window.gather(there), known(positions), valid)
 
     def ready(self, step: Step, write: Tensor) -> None:
         """Be ready for one more token of each row, which goes into the slots ``write [B]`` of this layer."""
         block = self.block or self.at_rest
         self.write, self.slots = write.to(block.keys.device), step.slots
-        if not self.policy.uniform:
-            held = self.slot_positions
-            if held is None:
-                held = step.write.new_zeros(*block.keys.shape[:2], self.window).to(block.keys.device)
-            there = step.write.to(held.device)[:, None, None].expand(-1, held.shape[1], 1)
-            new = step.positions.to(held.device)[:, None, None].expand_as(there)
-            self.slot_positions = functional.pad(held, (0, 1)).scatter(2, there, new)[..., :-1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, G, T, head_dim]`` and return all that attention may see."""
@@ -417,7 +403,7 @@ class ThoughtLayer(CacheLayerMixin):
         return keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
 
     def _append(self, new: KeyValue) -> KeyValue:
-        seen, count = _joined((*self.prompt, *self.recent, new)), self.new_prompt
+        seen, count = joined((*self.prompt, *self.recent, new)), self.new_prompt
         if self.written is not None:
             self.written.append(new)
         new = new.map(_without_neighbours)
@@ -425,10 +411,6 @@ class ThoughtLayer(CacheLayerMixin):
             self.prompt = (*self.prompt, new if count == new.length else new.narrow(0, count))
         if count < new.length:
             self.recent = (*self.recent, new.narrow(count, new.length - count) if count else new)
-            if self._new_positions is not None:
-                wide = self._new_positions[:, None].expand(-1, new.keys.shape[1], -1).to(new.keys.device)
-                held = self.column_positions
-                self.column_positions = wide if held is None else torch.cat([held, wide], dim=2)
         return seen
 
     def _in_place(self, *tensors: Tensor) -> bool:
@@ -439,9 +421,7 @@ class ThoughtLayer(CacheLayerMixin):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything held, for counting bytes."""
-        parts = [*(self.block or ()), *(part for pair in (*self.prompt, *self.recent) for part in pair)]
-        parts += [part for part in (self.slot_positions, self.column_positions) if part is not None]
-        return tuple(parts)
+        return (*(self.block or ()), *(part for pair in (*self.prompt, *self.recent) for part in pair))
 
     def fork(self) -> ThoughtLayer:
         """An independent layer with the same content; no tensor is copied, so only one may write to slots."""
@@ -459,10 +439,6 @@ class ThoughtLayer(CacheLayerMixin):
             )
         self.prompt = tuple(pair.map(function) for pair in self.prompt)
         self.recent = tuple(pair.map(function) for pair in self.recent)
-        if self.slot_positions is not None:
-            self.slot_positions = function(self.slot_positions)
-        if self.column_positions is not None:
-            self.column_positions = function(self.column_positions)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """One slot: the masks of bounded layers are made chunk by chunk, and what the host makes for them is not used."""
@@ -496,24 +472,31 @@ def at_address(old: Any, new: Any) -> Any:
     return old.copy_(new)
 
 
-def _joined(parts: tuple[KeyValue, ...]) -> KeyValue:
+def joined(parts: tuple[KeyValue, ...]) -> KeyValue:
+    """One after the other."""
     if len(parts) == 1:
         return parts[0]
     keys, values = zip(*parts, strict=True)
     return KeyValue(torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
 
-def _rows_of(held: KeyValue, rows: Tensor | None) -> KeyValue:
+def rows_of(held: KeyValue, rows: Tensor | None) -> KeyValue:
+    """The rows ``rows [B']`` of ``held``; ``None``: all."""
     return held if rows is None else held.map(lambda part: part.index_select(0, rows))
 
 
-def _known(positions: Tensor | None) -> Tensor:
-    if positions is None:
+def known(part: Part | None) -> Part:
+    """``part``, of a layer that was written to.
+
+    Raises:
+        RuntimeError: It is not there.
+    """
+    if part is None:
         raise RuntimeError("This cache layer knows no positions: nothing was written to it yet.")
-    return positions
+    return part
 
 
-def _put(block: KeyValue, new: KeyValue, start: int, rows: Tensor | None, in_place: bool) -> KeyValue:
+def put(block: KeyValue, new: KeyValue, start: int, rows: Tensor | None, in_place: bool) -> KeyValue:
     """``block`` with ``new`` from slot ``start`` on, in ``rows [B']`` or in all."""
     stop = start + new.length
     if in_place:
@@ -528,7 +511,7 @@ def _put(block: KeyValue, new: KeyValue, start: int, rows: Tensor | None, in_pla
         return KeyValue(*(part.slice_scatter(more, dim=2, start=start, end=stop) for part, more in pairs))
     inside = block.narrow(start, new.length)
     pairs = zip(inside, new, strict=True)
-    return _put(block, KeyValue(*(part.index_copy(0, rows, more) for part, more in pairs)), start, None, False)
+    return put(block, KeyValue(*(part.index_copy(0, rows, more) for part, more in pairs)), start, None, False)
 
 
 def _narrow(parts: tuple[KeyValue, ...], start: int, length: int) -> tuple[KeyValue, ...]:
@@ -540,13 +523,6 @@ def _narrow(parts: tuple[KeyValue, ...], start: int, length: int) -> tuple[KeyVa
             taken.append(part if last - first == part.length else part.narrow(first, last - first))
         start -= part.length
     return tuple(taken)
-
-
-def _gathered(positions: Tensor, index: Tensor | None, columns: int) -> Tensor:
-    """``positions [B, G, N]`` at ``index [B, columns]``, or the first ``columns``."""
-    if index is None:
-        return positions[..., :columns]
-    return positions.gather(2, index[:, None].expand(-1, positions.shape[1], -1))
 
 
 def _wide(index: Tensor, like: Tensor) -> Tensor:

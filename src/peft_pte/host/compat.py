@@ -28,6 +28,14 @@ ROTATES = "use_rope"
 # Models whose own masks let blocks of tokens see each other, and read the cache for it (5.23).
 BLOCKS_IN_MASKS = ("git",)
 
+# Where a model looks up what computes its attention, what it is called in its config, and what it takes by default (5.17 to 5.23).
+ATTENTION_TABLE = "ALL_ATTENTION_FUNCTIONS"
+ATTENTION_NAME = "_attn_implementation"
+EAGER_ATTENTION = "eager_attention_forward"
+
+# What makes GPT-2 attend without looking anything up (5.17 to 5.23).
+UPCAST_ATTENTION = "reorder_and_upcast_attn"
+
 # Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.23).
 LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 

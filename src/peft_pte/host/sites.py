@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..config import PTEConfig
+from ..eviction.policy import EvictionPolicy, make_policy
 from ..method.rotary import Rotation
+from .attention import can_be_watched
 from .compat import (
     BLOCKS_IN_MASKS,
     CACHE_NAMES,
@@ -24,6 +26,7 @@ from .compat import (
     LENGTH_DEPENDENT_ROTATIONS,
     PER_TOKEN,
     POSITIONS_FROM_MASK,
+    attention_of,
     counts_its_cache,
     sharing_of,
 )
@@ -262,15 +265,18 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
         )
     if config.cache_window is None:
         return
-    if config.eviction != "sliding_window" and model.dtype in (torch.bfloat16, torch.float16):
+    policy = make_policy(config.eviction, config.eviction_options)
+    if not policy.exact and model.dtype in (torch.bfloat16, torch.float16):
         warnings.warn(
             f"`eviction` is {config.eviction!r} on a base in {model.dtype}: rounding can make it choose differently in a "
-            "rollout and in its replay, and log-probs then differ by more than rounding. Use "
-            'eviction="sliding_window" for RL, or a base in float32.',
+            "rollout and in its replay, and log-probs then differ by more than rounding. For RL hand the choices of the rollout to scoring "
+            "(generate(..., return_evictions=True), model(..., evictions=...); in TRL: RecordedEvictions.attach(trainer)), or use "
+            'eviction="sliding_window" or "random".',
             UserWarning,
             stacklevel=6,
         )
-    if config.eviction != "sliding_window" and any(site.borrows for site in sites.by_index.values()):
+    _check_queries(model, sites, config, policy)
+    if not policy.uniform and any(site.borrows for site in sites.by_index.values()):
         raise NotImplementedError(
             f'`eviction` must be "sliding_window" for {type(model).__name__}, got {config.eviction!r}: some of its layers read the keys and '
             "values of others, and would have to know what each head of those has given up."
@@ -282,6 +288,31 @@ def check_config(model: PreTrainedModel, sites: Sites, config: PTEConfig) -> Non
                 "call, so a rollout and its replay would differ. Use a model with another rope_type, or "
                 "PTEConfig(cache_window=None)."
             )
+
+
+def _check_queries(model: PreTrainedModel, sites: Sites, config: PTEConfig, policy: EvictionPolicy) -> None:
+    """Refuse a policy that needs what the attention of the model does not show.
+
+    Raises:
+        NotImplementedError: Its queries cannot be seen, or its heads cannot see different numbers of thoughts.
+    """
+    evicting = [site for site in sites.by_index.values() if site.evicts]
+    unseen = [site for site in evicting if not can_be_watched(site.attention)]
+    if policy.observed and unseen:
+        raise NotImplementedError(
+            f"`eviction` must not be {config.eviction!r} for {type(model).__name__}, whose {type(unseen[0].attention).__name__} does not go through the "
+            'attention interface of transformers, so its queries are not known. Use "key_diff", "random" or "sliding_window".'
+        )
+    steps = config.tokens_per_eviction
+    shared = [
+        site.index for site in evicting if policy.budgets(site.index, config.cache_window or 0, steps) is not None
+    ]
+    text_config: Any = model.config.get_text_config(decoder=True)
+    if shared and attention_of(text_config) not in ("eager", "sdpa"):
+        raise NotImplementedError(
+            f"`eviction` must not be {config.eviction!r} with attn_implementation={attention_of(text_config)!r}: heads that hold different numbers of "
+            'thoughts need a mask of their own each. Load the model with attn_implementation "sdpa" or "eager", or use eviction="attention".'
+        )
 
 
 def keep_unknown_rotation(sites: Sites, config: PTEConfig) -> None:

@@ -32,15 +32,6 @@ class Evicted(NamedTuple):
     """``[B, 1 or G, E]``, False for padding; ``None``: all valid."""
 
 
-class Departing(NamedTuple):
-    """Which tokens leave a window from which all heads lose the same ones."""
-
-    positions: Tensor
-    """``[B, 1, E]``, absolute."""
-    valid: Tensor | None
-    """``[B, 1, E]``, False for padding; ``None``: all valid."""
-
-
 @dataclass(frozen=True)
 class LayerState:
     """The state of one layer; immutable, so that a copy of the list of layers is a copy of the state."""

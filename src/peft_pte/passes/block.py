@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.cache import PTECache
-from ..cache.store import Ending, Step, ThoughtLayer
+from ..cache.ragged import RaggedLayer
+from ..cache.store import Departing, Ending, Step, ThoughtLayer
+from ..host.attention import watch
 from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, SHARED_STATES
 from ..host.sites import Site
 from ..method.encoder import PTEEncoder
 from ..method.layer import PTELinear
 from ..method.stacks import Stacks
-from ..method.state import Departing, LayerState, Reading, ThoughtState, bind, bound
+from ..method.state import LayerState, Reading, ThoughtState, bind, bound
 from .plan import Chunk
 from .recompute import recomputed
 
@@ -45,6 +47,8 @@ class Work:
     """``[B, columns]``, where columns go when it ends; ``None``: they stay."""
     ending: Ending | None
     """Rows that end in it, and are to be kept; ``None``: none."""
+    mask_of_heads: Callable[[RaggedLayer], Any] | None
+    """The mask of a layer whose heads hold different numbers of thoughts."""
 
 
 @dataclass
@@ -76,6 +80,8 @@ class Pass:
     """Whether there is a window."""
     mask: Any = None
     """Over the slots that it sees; where several tokens come, over all columns of the pass, for layers that read another's."""
+    mask_of_heads: Callable[[RaggedLayer], Any] | None = None
+    """The same where the heads of a layer hold different numbers of thoughts, for one token per row."""
     departing: Tensor | None = None
     """``[B', 1, m]``, positions of what leaves at a step, where heads do not choose."""
     stacks: Stacks | None = None
@@ -188,7 +194,7 @@ def _forward(layer: _Layer, *args: Any, **kwargs: Any) -> Any:
             break
     if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
-        with bind(given.reading(layer.site.index)):
+        with bind(given.reading(layer.site.index)), watch(given.layers[layer.site.index]):
             return layer.host(layer.named(args, kwargs))
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:
@@ -259,7 +265,10 @@ def _chunk(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
     # Attend, and write.
     content.expect(chunk.prompt, work.positions)
     reading = None if states is None else Reading(states, this.rows, chunk.length, this.adapter)
-    output = _attend(layer, held, reading, {**arguments, "attention_mask": work.mask})
+    mask = work.mask
+    if isinstance(content, RaggedLayer) and work.mask_of_heads is not None:
+        mask = work.mask_of_heads(content)
+    output = _attend(layer, held, reading, {**arguments, "attention_mask": mask})
     if work.realigned is not None:
         content.realign(work.realigned)
     if work.ending is not None:
@@ -295,11 +304,17 @@ def _token(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
             reading.read = kept.read
         if this.stacks is not None and this.groups.get(index):
             reading.downs = this.stacks.of(this.groups[index], this.adapter)
-    arguments = {**arguments, "attention_mask": this.mask}
+    mask = this.mask
+    if this.mask_of_heads is not None and isinstance(content, RaggedLayer):
+        mask = this.mask_of_heads(content)
+    arguments = {**arguments, "attention_mask": mask}
     for name in CACHE_NAMES:
         if name in arguments:
             # Where the host expects a cache stands the one layer that it writes to.
             arguments[name] = content
+    if content.watched:
+        with bind(reading), watch(content):
+            return layer.host(arguments), held
     before, bound.reading = getattr(bound, "reading", None), reading
     try:
         if layer.hooked is not None:
@@ -323,7 +338,7 @@ def _attend(layer: _Layer, held: PTECache, reading: Reading | None, arguments: d
         if name in arguments:
             # Where the host expects a cache stands the one layer that it writes to.
             arguments[name] = held.layers[layer.site.index]
-    with bind(reading):
+    with bind(reading), watch(held.layers[layer.site.index]):
         return layer.host(arguments)
 
 

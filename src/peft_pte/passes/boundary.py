@@ -15,13 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..eviction.records import Evictions
+
 PromptRule = list[int] | int | None
 """``PTEConfig.prompt_end``."""
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What a call said about where its prompts end."""
+    """What a call said about where its prompts end, and about what leaves."""
 
     labels: Tensor | None = None
     """``[B, N]``; the first column that is not -100 starts the thoughts, if it is not the row's first token."""
@@ -31,6 +33,8 @@ class PromptSpec:
     """Prompt columns, counted from the first column of the sequence, for all rows or ``[B]``."""
     prefill: int | None = None
     """Columns of the input of ``generate``, where its first call holds more (an assistant's first candidates)."""
+    evictions: Evictions | None = None
+    """What is to leave; ``None``: what the policy gives up."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from ..cache.ragged import RaggedLayer
 from ..cache.schedule import first_visible
+from ..cache.store import known
 from ..host.compat import attention_of
 from .plan import Chunk
 
@@ -109,6 +111,47 @@ class ChunkMasks:
         )
         together = self.together if chunk.prompt else None
         return self._make(rows, chunk.length, device, held, None, _not_before(thought, first, held), together)
+
+    def of_heads(
+        self, chunk: Chunk, prompt_mask: Tensor | None, written: Tensor, late: Tensor, layer: RaggedLayer
+    ) -> Tensor:
+        """The mask ``[B, H, T, columns]`` of ``chunk`` for a layer whose heads hold different numbers of thoughts.
+
+        Args:
+            chunk: The chunk.
+            prompt_mask: ``[B, P]``, False for padding; ``None``: no padding.
+            written: ``[B]``, thoughts that a row has written when the chunk starts.
+            late: ``[B]``, columns of thoughts of the chunk before a row starts.
+            layer: The layer of the cache.
+        """
+        prompt, window = chunk.held[0], chunk.held[1] - chunk.drop
+        rows, device = written.shape[0], written.device
+        holds = layer.holding(written)
+        heads = holds.shape[1]
+        there = torch.arange(window, device=device) >= window - holds[..., None]
+        real = torch.ones(rows, prompt + chunk.prompt, dtype=torch.bool, device=device)
+        if prompt_mask is not None:
+            real = prompt_mask[:, : prompt + chunk.prompt]
+        own = torch.cat([real[:, prompt:], torch.arange(chunk.thoughts, device=device) >= late[:, None]], dim=1)
+        before = torch.cat([real[:, None, :prompt].expand(-1, heads, -1), there], dim=2)
+        after = own[:, None] & torch.ones(chunk.length, chunk.length, dtype=torch.bool, device=device).tril()
+        visible = torch.cat(
+            [before[:, :, None].expand(-1, -1, chunk.length, -1), after[:, None].expand(-1, heads, -1, -1)], dim=3
+        )
+        return self._of_numbers(visible)
+
+    def of_heads_at_step(self, prompt_mask: Tensor | None, layer: RaggedLayer) -> Tensor:
+        """The mask ``[B, H, 1, slots]`` of one token per row for such a layer; ``prompt_mask [B, P]`` is False for padding."""
+        there = known(layer.visible)
+        real = there.new_ones(there.shape[0], layer.prompt_slots) if prompt_mask is None else prompt_mask
+        real = real[:, None].expand(-1, there.shape[1], -1).to(there.device)
+        return self._of_numbers(torch.cat([real, there], dim=2)[:, :, None])
+
+    def _of_numbers(self, visible: Tensor) -> Tensor:
+        """``[B, H, T, columns]`` to add to scores, of ``visible [B, G, T, columns]``."""
+        nothing = torch.zeros((), dtype=self.dtype, device=visible.device)
+        made = torch.where(visible, nothing, nothing + torch.finfo(self.dtype).min)
+        return made.repeat_interleave(self.config.num_attention_heads // visible.shape[1], dim=1)
 
     def of_step(self, visible: Tensor | None, slots: int, rows: int, device: torch.device) -> Any:
         """The mask of one token per row over ``slots`` slots, of which ``visible [B, slots]`` (``None``: all) are seen."""

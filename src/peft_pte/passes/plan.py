@@ -82,6 +82,8 @@ class Sizes:
     """Thoughts (or columns of prompt) of a chunk, at most."""
     evictions: int
     """Evictions of a chunk, at most: one where what leaves next depends on what the chunk itself makes."""
+    spare: int = 0
+    """Thoughts beyond ``W`` that heads hold which share a window with others."""
     whole_prompt: bool = False
     """Whether the prompt of the call is one chunk: some of its tokens see later ones."""
 
@@ -144,9 +146,11 @@ def _chunks(counts: Counts, sizes: Sizes) -> Iterator[Chunk]:
     def chunk(new_prompt: int, new_thoughts: int, evictions: int) -> Chunk:
         done = thought - counts.thoughts
         drop = step if evictions and done >= counts.late else 0
+        if sizes.spare:
+            drop = min(drop, max(0, held + step - window - sizes.spare))
         kept = held + new_thoughts
         if new_thoughts and done + new_thoughts >= counts.late:
-            kept = min(kept, thought + new_thoughts - (before + evictions) * step)
+            kept = min(kept, thought + new_thoughts - (before + evictions) * step + sizes.spare)
         return Chunk(column, new_prompt, new_thoughts, evictions, before, (prompt, held), drop, kept, done)
 
     if sizes.whole_prompt and counts.new_prompt:

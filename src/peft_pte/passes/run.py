@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from ..cache.cache import PTECache, check_cache
 from ..cache.rows import Rows
-from ..method.state import Departing
+from ..cache.store import Departing
+from ..eviction.records import Evictions
 from ..seam import Generation, OuterCall, Seam
 from .block import Pass, Work, running
 from .boundary import OpenPrompt, PromptEnds, PromptSpec
@@ -42,6 +43,7 @@ from .layout import Layout, lay_out
 from .masks import ChunkMasks
 from .plan import Counts, Plan, Sizes, make_plan
 from .recompute import Offload, recomputed
+from .recorded import at_eviction, check_evictions
 from .token import run_token
 from .turn import Turn
 
@@ -72,7 +74,8 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
     else:
         if cache is not None and cache.rows is not None and not begins:
             hide_what_ended(call, cache.rows)
-        output, cache = _run_passes(seam, adapter, call, ends, generation)
+        evictions = prompt.evictions if prompt.evictions is not None else seam.recall(call.ids, call.mask, call.cache)
+        output, cache = _run_passes(seam, adapter, call, ends, generation, evictions)
         # A row may end while the prompts of others go on.
         if generation is not None and generation.started and cache.rows is not None and call.shape[1] == 1:
             generation.note_ends(cache.rows, call.ids)
@@ -112,10 +115,19 @@ class _Run:
     rest: dict[str, Any]
     host_masks: dict[str, Any] | None
     """By kind of attention, where tokens see later ones."""
+    evictions: Evictions | None
+    """What is to leave; ``None``: what the policy gives up."""
+    complete: bool
+    """Whether that is known of all rows."""
 
 
 def _run_passes(
-    seam: Seam, adapter: str, call: Call, ends: PromptEnds | None, generation: Generation | None
+    seam: Seam,
+    adapter: str,
+    call: Call,
+    ends: PromptEnds | None,
+    generation: Generation | None,
+    evictions: Evictions | None,
 ) -> tuple[Any, PTECache]:
     """Several tokens of each row."""
     seam.stacks.forget()
@@ -142,7 +154,11 @@ def _run_passes(
     gradients = torch.is_grad_enabled()
     checkpointed = seam.checkpoints_layers() and gradients
     together = None if turn is None else seen_together(call, layout)
-    plan = make_plan(counts, replace(_sizes(seam, adapter, turn, checkpointed), whole_prompt=together is not None))
+    sizes = _sizes(seam, adapter, turn, checkpointed)
+    plan = make_plan(counts, replace(sizes, whole_prompt=together is not None, spare=cache.spare))
+    complete = False
+    if evictions is not None:
+        complete = check_evictions(evictions, cache, call.cache is not None, turn, positions[:, layout.prompt :])
     if len(plan.chunks) > 1:
         refuse_recording(seam, call)
     # What the model around has made for layers that are not bounded is over all columns.
@@ -167,6 +183,8 @@ def _run_passes(
         plan.stop if call.use_cache else None,
         call.rest,
         host_masks,
+        None if evictions is None else evictions.to(call.device),
+        complete,
     )
     # With the inputs of layers on the CPU nothing is left to save by recomputing whole passes as well.
     by_pass = checkpointed and not (config.recompute_layers and config.offload)
@@ -313,7 +331,12 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
         if turn.evicts(chunk):
             due = turn.due(chunk)
             valid = None if due is None else due.repeat_interleave(turn.clocks.step, dim=1)[:, None]
-            departing = Departing(held[:, None, : chunk.evictions * turn.clocks.step], valid)
+            numbers = turn.numbers(chunk)
+            recorded = None if run.evictions is None else at_eviction(run.evictions, numbers, run.complete)
+            leave = held[:, None, : chunk.evictions * turn.clocks.step]
+            departing = Departing(
+                leave, valid, rows.prompt_mask, numbers, turn.first(chunk), turn.loses(chunk), recorded
+            )
         stop = chunk.stop - plan.start
         thoughts = positions[:, stop - chunk.thoughts : stop]
         held = torch.cat([held[:, chunk.drop :], thoughts], dim=1)
@@ -328,7 +351,10 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
             taken = these.gather(1, ending.columns)
             cache.slot_positions = taken if ending.rows is None else slots.index_copy(0, ending.rows, taken)
         held = held[:, held.shape[1] - chunk.kept :]
-        work.append(Work(chunk, mask, departing, thoughts, realigned, ending))
+        of_heads = None
+        if cache.spare:
+            of_heads = partial(run.masks.of_heads, chunk, rows.prompt_mask, turn.written(chunk), turn.late(chunk))
+        work.append(Work(chunk, mask, departing, thoughts, realigned, ending, of_heads))
     cache.column_positions = held
     return tuple(work)
 

@@ -7,6 +7,7 @@ same for every step. Neither depends on the value of a tensor, so no token waits
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class Token(NamedTuple):
     """``[B', 1, m]``, positions of what leaves, where heads do not choose; ``None``: nothing leaves."""
     mask: Any
     """Over the slots."""
+    mask_of_heads: Any
+    """The same of a layer whose heads hold different numbers of thoughts; ``None``: there is none."""
 
 
 def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | None) -> Any:
@@ -81,6 +84,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
             columns=1,
             step=token.step,
             mask=token.mask,
+            mask_of_heads=token.mask_of_heads,
             departing=token.departing,
             prompt=rows.prompt,
             detach=token.step.leaving is not None and not seam.config(adapter).backprop_through_cache,
@@ -127,7 +131,8 @@ def _count(
         # One shape for all steps and generations.
         visible = visible.expand(positions.shape[0], -1).contiguous()
     masks = ChunkMasks(seam.text_config, seam.model.dtype, rows.window, rows.step, seam.found.wants_masks)
-    return Token(now, departing, masks.of_step(visible, slots, positions.shape[0], positions.device))
+    of_heads = functools.partial(masks.of_heads_at_step, rows.prompt_mask) if cache.spare else None
+    return Token(now, departing, masks.of_step(visible, slots, positions.shape[0], positions.device), of_heads)
 
 
 def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mask: Tensor | None, like: Tensor) -> Any:

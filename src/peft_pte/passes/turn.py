@@ -79,6 +79,21 @@ class Turn:
         here = self._before[:, None] + thought - self.clocks.window
         return (thought >= 0) & (thought < self._new[:, None]) & (here >= 0) & (here % self.clocks.step == 0)
 
+    def loses(self, chunk: Chunk) -> tuple[bool, ...]:
+        """Which rows are due at the first eviction of ``chunk``."""
+        return tuple(self._due(chunk.thought))
+
+    def numbers(self, chunk: Chunk) -> Tensor:
+        """``[B]``, evictions of each row before that of ``chunk``."""
+        here = self._before + chunk.thought - self._late - self.clocks.window
+        return (here // self.clocks.step).clamp(min=0)
+
+    def first(self, chunk: Chunk) -> int:
+        """The fewest of them among rows that are due in ``chunk``, one of which is."""
+        rows = zip(self.clocks.thoughts, self.offsets, self._due(chunk.thought), strict=True)
+        least = min(before - late for before, late, due in rows if due)
+        return (least + chunk.thought - self.clocks.window) // self.clocks.step
+
     def realigned(self, chunk: Chunk) -> Tensor | None:
         """``[B, columns]``, where the columns of thoughts go after ``chunk`` in which a row starts late; ``None``: they stay."""
         if not any(late > chunk.thought for late in self.offsets) or not chunk.thoughts:
@@ -105,4 +120,4 @@ class Turn:
         width = chunk.held[1] - chunk.drop + chunk.thoughts
         thought = newest_in(slots, written - 1, self.clocks.window)
         columns = (width - reached[:, None] + thought).clamp(min=0, max=width - 1)
-        return Ending(None if everyone else these, columns)
+        return Ending(None if everyone else these, columns, reached - written, written)

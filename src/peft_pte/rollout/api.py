@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.logging import tqdm
 from ..host.compat import generation_options, optimized_for_decoding
 from ..passes.boundary import Columns, PromptSpec, find_prompt_ends
 from ..passes.ends import check_prompts
+from ..passes.recorded import check_recorded
 from ..seam import Seam
 from .batch import PREFILLED_TOKENS, Batch, Sizes
 from .choice import Chooser, Options
@@ -41,6 +43,7 @@ def generate_batch(
     warmup: bool = True,
     *,
     prompt_length: int | Sequence[int] | None = None,
+    return_evictions: bool = False,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
@@ -66,6 +69,7 @@ def generate_batch(
         persistent_manager: Unused: nothing is kept between calls.
         warmup: Unused: a step is compiled when it is first taken.
         prompt_length: Tokens of the prompt, for all requests or one each; ``None``: what `prompt_end` says, or all of them.
+        return_evictions: Whether each output has ``evictions``, what left while it was written, for scoring.
         logits_processor: As in ``generate``. Each request gets a copy, which sees its tokens alone.
         stopping_criteria: As in ``generate``, likewise.
         prefix_allowed_tokens_fn: As in ``generate``; it is told the place of the request in ``inputs``.
@@ -92,6 +96,9 @@ def generate_batch(
             f"`generate_batch` got {sorted(unknown)}, which are no options of a generation from tokens alone. Leave them out."
         )
     refuse_batch(seam, adapter, config)
+    if return_evictions:
+        check_recorded(seam, adapter, returns_dict=True)
+    remembers = seam.remembers(adapter)
     asked = Options(
         config,
         LogitsProcessorList(logits_processor or ()),
@@ -120,11 +127,20 @@ def generate_batch(
         bar.update(sum(request.over for request in requests))
         waiting = deque(request for request in requests if not request.over)
         if waiting:
-            sizes = _sizes(seam, adapter, waiting, batching, config)
+            sizes = replace(_sizes(seam, adapter, waiting, batching, config), record=return_evictions or remembers)
             batch = Batch(seam, adapter, chooser, config, sizes, prompt_length is not None)
             for count in _run(seam, batch, waiting):
                 bar.update(count)
+    if remembers:
+        _remember(seam, requests)
     return _results(requests)
+
+
+def _remember(seam: Seam, requests: Sequence[Request]) -> None:
+    """Let what left while ``requests`` were written be found by their tokens."""
+    for request in requests:
+        if seam.memory is not None and request.evictions is not None:
+            seam.memory.note([[*request.tokens, *request.generated]], request.evictions)
 
 
 def _warn_of_half_precision(seam: Seam, adapter: str) -> None:

@@ -41,6 +41,8 @@ class Sizes:
     """Tokens of a prefill, at most."""
     share_prompts: bool = True
     """Whether equal prompts that join together are read once."""
+    record: bool = False
+    """Whether it is noted what leaves."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Batch:
         self.model: Any = seam.model
         device = self.device = self.model.device
         self.cache = seam.new_cache(adapter, static=config.cache_implementation == "static")
+        if sizes.record:
+            self.cache.record()
         self.cache.make_rows(sizes.rows, sizes.prompt, device)
         self.generation = Generation(PromptSpec(), cache=self.cache, started=True)
         self.requests: list[Request | None] = [None] * sizes.rows
@@ -198,6 +202,8 @@ class Batch:
         mask = torch.arange(width)[None] >= torch.tensor(padding)[:, None]
         lengths = [more + prompt for more, (_, prompt) in zip(padding, different, strict=True)]
         fresh = self.seam.new_cache(self.adapter)
+        if self.sizes.record:
+            fresh.record()
         inputs: dict[str, Any] = {"past_key_values": fresh, "use_cache": True, "is_first_iteration": True}
         if any(padding):
             inputs["attention_mask"] = mask.long().to(self.device)
@@ -271,6 +277,9 @@ class Batch:
     def _finish(self, row: int, request: Request, count: int) -> None:
         first = len(request.tokens)
         log_probs = [] if self.log_probs is None else self.log_probs[row, :count].tolist()
+        if self.sizes.record:
+            # Its last token was never read.
+            request.evictions = self.cache.evicted_of(row, first - request.prompt + count - 1)
         request.finish(self.ids[row, first : first + count].tolist(), log_probs)
         self._ended += 1
         self.requests[row] = None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..eviction.records import Evictions
+
 
 @dataclass
 class Request:
@@ -43,6 +45,8 @@ class Request:
     timestamps: list[float] | None = None
     generated: Sequence[int] = ()
     log_probs: Sequence[float] = ()
+    evictions: Evictions | None = None
+    """What left while it was written, where that was asked for."""
 
     @property
     def over(self) -> bool:
@@ -81,7 +85,7 @@ class Request:
         """What transformers' own `generate_batch` would give."""
         from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-        return GenerationOutput(
+        output: Any = GenerationOutput(
             request_id=self.name,
             prompt_ids=list(self.tokens),
             generated_tokens=list(self.generated),
@@ -92,3 +96,6 @@ class Request:
             lifespan=(self.started, self.ended),
             timestamps=self.timestamps,
         )
+        if self.evictions is not None:
+            output.evictions = self.evictions
+        return output

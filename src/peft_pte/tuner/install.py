@@ -21,11 +21,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache.cache import PTECache
+from ..config import PTEConfig
+from ..eviction.policy import make_policy
+from ..host.attention import give_back, make_watchable
 from ..host.compat import CACHE_METHOD, LOADER_METHOD, MASKS_METHOD
 from ..method.encoder import CHILD_NAME
 from ..method.layer import without_lora_arguments
 from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
+from ..passes.recorded import check_recorded, remember
 from ..passes.run import run
 from ..passes.token import prepare, step
 from ..rollout.api import generate_batch
@@ -80,6 +84,7 @@ def remove(seam: Seam) -> None:
     for module in (host, backbone):
         module.__dict__.pop(ATTRIBUTE, None)
     for site in seam.sites.values():
+        give_back(site.attention)
         if hasattr(site.attention, CHILD_NAME):
             delattr(site.attention, CHILD_NAME)
 
@@ -165,7 +170,12 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if args:
         named = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     kwargs = dict(kwargs)
-    spec = PromptSpec(named.get("labels"), named.get("shift_labels"), kwargs.pop("prompt_length", None))
+    spec = PromptSpec(
+        named.get("labels"),
+        named.get("shift_labels"),
+        kwargs.pop("prompt_length", None),
+        evictions=kwargs.pop("evictions", None),
+    )
     getattr(model, ATTRIBUTE).calls.stack.append(spec)
     return args, kwargs
 
@@ -209,8 +219,20 @@ def _leave_wrapper(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], output
         seam.calls.outer.pop()
 
 
-def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -> Any:
-    """``generate``, which also takes ``prompt_length``, and decodes with the bounded cache whatever `use_cache` says."""
+def watch_queries(seam: Seam, config: PTEConfig) -> None:
+    """Let the queries of layers be seen where what leaves is chosen by them."""
+    if config.cache_window is None or not make_policy(config.eviction, config.eviction_options).observed:
+        return
+    for site in seam.sites.values():
+        if site.evicts:
+            make_watchable(site.attention)
+
+
+def _generate(self: Any, *args: Any, prompt_length: Any = None, return_evictions: bool = False, **kwargs: Any) -> Any:
+    """``generate``, which also takes ``prompt_length``, and decodes with the bounded cache whatever `use_cache` says.
+
+    With ``return_evictions`` (and ``return_dict_in_generate``) its output has ``evictions``: what left, for scoring.
+    """
     seam: Seam = getattr(self, ATTRIBUTE)
     adapter = seam.active_adapter()
     if adapter is not None and seam.config(adapter).cache_window is not None:
@@ -220,11 +242,23 @@ def _generate(self: Any, *args: Any, prompt_length: Any = None, **kwargs: Any) -
         if kwargs.get("use_cache", config.use_cache) is False:
             # Trainers turn the cache off where gradients are checkpointed; the policy is the same with it, and the cache is bounded.
             kwargs["use_cache"] = True
-    seam.calls.generations.append(Generation(PromptSpec(length=prompt_length)))
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+    if return_evictions:
+        check_recorded(seam, adapter, kwargs.get("return_dict_in_generate", config.return_dict_in_generate))
+    remembers = adapter is not None and seam.remembers(adapter)
+    generation = Generation(PromptSpec(length=prompt_length), record=return_evictions or remembers)
+    seam.calls.generations.append(generation)
     try:
-        return type(self).generate(self, *args, **kwargs)
+        output = type(self).generate(self, *args, **kwargs)
     finally:
         seam.calls.generations.pop()
+    if generation.record and generation.cache is not None:
+        evictions = generation.cache.evicted
+        if return_evictions:
+            output["evictions"] = evictions
+        if remembers:
+            remember(seam, generation, output, evictions)
+    return output
 
 
 def _prepare_cache(
@@ -240,6 +274,9 @@ def _prepare_cache(
             model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
             made = True
         generation = seam.note_cache(model_kwargs["past_key_values"])
+        if generation is not None and generation.record:
+            generation.continued = not made and model_kwargs["past_key_values"].get_seq_length() > 0
+            model_kwargs["past_key_values"].record()
         if generation is not None:
             prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
             generation.spec = replace(generation.spec, prefill=prefill)

@@ -21,7 +21,7 @@ from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam
 from .checkpoints import check_adapter_state_dict, watch
-from .install import install, remove
+from .install import install, remove, watch_queries
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
 
@@ -38,6 +38,7 @@ class _Built:
         """Raise where the model cannot do what the config says now."""
         check_config(self.seam.model, self.seam.found, self.config)
         PTECache(self.seam.text_config, self.config)
+        watch_queries(self.seam, self.config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A model was copied or unpickled, and its config with it.
@@ -136,6 +137,7 @@ class PTEModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._inject_encoders(seam, config, adapter_name, low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False))
             seam.find_groups()
+            watch_queries(seam, config)
         except BaseException:
             if not any(isinstance(module, PTELayer) for module in model.modules()):
                 remove(seam)

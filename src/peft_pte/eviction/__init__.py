@@ -1,0 +1,1 @@
+"""Which thoughts leave the window: policies, what they see, and what they chose."""

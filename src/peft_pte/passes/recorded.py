@@ -1,0 +1,150 @@
+"""Scoring by what left when a sequence was written: whether it can have been so, and what leaves at which eviction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache.cache import PTECache
+from ..cache.heads import ChoosingLayer
+from ..cache.ragged import RaggedLayer
+from ..cache.schedule import evictions_before
+from ..cache.store import Recorded
+from ..eviction.records import Evictions
+from ..seam import Generation, Seam
+from .turn import Turn
+
+_REMEDY = "Hand on what `generate` returned for these very sequences, row by row."
+
+
+def check_evictions(
+    evictions: Evictions, cache: PTECache, continued: bool, turn: Turn | None, positions: Tensor
+) -> bool:
+    """Refuse what cannot have left; returns whether it is known of all rows.
+
+    Args:
+        evictions: What is to leave.
+        cache: The cache of the call.
+        continued: Whether it was the caller's.
+        turn: What rows write; ``None``: nothing is bounded.
+        positions: ``[B, T]``, absolute, of the columns of thoughts.
+
+    Raises:
+        ValueError: The record is of other layers, rows, heads or lengths, or a thought leaves twice, or before it was written.
+        NotImplementedError: The call goes on with a cache.
+    """
+    choosing = {index: layer for index, layer in cache.thought_layers if isinstance(layer, ChoosingLayer)}
+    if turn is None or not choosing:
+        raise ValueError(
+            "`evictions` are for a bounded cache whose heads choose what leaves, and here nothing is chosen. Leave them out."
+        )
+    if continued:
+        raise NotImplementedError(
+            "`evictions` are of whole sequences, so they cannot be scored on with a cache (`past_key_values`). Score the whole sequences."
+        )
+    if set(evictions.layers) != set(choosing):
+        raise ValueError(
+            f"`evictions` must be of the layers {sorted(choosing)}, got those of {sorted(evictions.layers)}. {_REMEDY}"
+        )
+    step, window, batch = turn.clocks.step, turn.clocks.window, len(turn.thoughts)
+    if evictions.batch != batch:
+        raise ValueError(f"`evictions` must be of {batch} rows, got {evictions.batch}. {_REMEDY}")
+    for index, part in evictions.layers.items():
+        layer = choosing[index]
+        width = layer.clock.most_lost if isinstance(layer, RaggedLayer) else step
+        if part.shape[1] and not (part.shape[3] == width or (isinstance(layer, RaggedLayer) and part.shape[3] < width)):
+            raise ValueError(
+                f"`evictions` must hold {width} thoughts of each head at an eviction, got {part.shape[3]} in layer {index}: they are of another window or "
+                f"evict_ratio. {_REMEDY}"
+            )
+    _check_lengths(evictions, turn)
+    _check_positions(evictions, turn, positions, window, step)
+    counts = evictions.counts.tolist()
+    return all(count >= _evictions(thoughts, turn) for count, thoughts in zip(counts, turn.thoughts, strict=True))
+
+
+def _evictions(thoughts: int, turn: Turn) -> int:
+    return evictions_before(thoughts - 1, turn.clocks.window, turn.clocks.step) if thoughts else 0
+
+
+def _check_lengths(evictions: Evictions, turn: Turn) -> None:
+    for row, (count, thoughts) in enumerate(zip(evictions.counts.tolist(), turn.thoughts, strict=True)):
+        # What would leave for the last token, no token that is scored comes behind: `generate` never feeds it.
+        needed = _evictions(thoughts - 1, turn) if thoughts else 0
+        if 0 < count < needed:
+            raise ValueError(
+                f"`evictions` must hold the {needed} evictions of the {thoughts} thoughts of row {row}, got {count}. {_REMEDY}"
+            )
+
+
+def _check_positions(evictions: Evictions, turn: Turn, positions: Tensor, window: int, step: int) -> None:
+    late = torch.tensor(turn.offsets, device=positions.device)
+    count = torch.tensor(turn.thoughts, device=positions.device)
+    wrong: list[Tensor] = []
+    for part in evictions.layers.values():
+        if not part.numel():
+            continue
+        left = part.to(positions.device).long()
+        number = torch.arange(left.shape[1], device=left.device)
+        # The newest thought that can leave at each eviction, and the first there is.
+        newest = torch.minimum(window + number * step, count[:, None]) - 1
+        last = positions.gather(1, (late[:, None] + newest).clamp(min=0, max=positions.shape[1] - 1))
+        first = positions.gather(1, late[:, None].clamp(max=positions.shape[1] - 1))
+        known = left >= 0
+        outside = known & ((left > last[:, :, None, None]) | (left < first[..., None, None]))
+        happened = (window + number * step < count[:, None])[:, :, None, None]
+        ordered = left.transpose(1, 2).flatten(2).sort(dim=-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        wrong += [(outside & happened).any(), twice.any()]
+    if wrong and bool(torch.stack(wrong).any()):
+        raise ValueError(
+            f"`evictions` name a thought twice in a head, or one that is not written by then: they are of other sequences. {_REMEDY}"
+        )
+
+
+def check_recorded(seam: Seam, adapter: str | None, returns_dict: bool | None) -> None:
+    """Refuse to return what cannot be had.
+
+    Raises:
+        ValueError: No adapter is active, nothing is bounded or chosen, or the output has no place for it.
+    """
+    if adapter is None or seam.config(adapter).cache_window is None or seam.policy(adapter).uniform:
+        raise ValueError(
+            "`return_evictions` needs an active adapter with a bounded window whose heads choose what leaves: with "
+            'eviction="sliding_window" the oldest leave, and scoring knows them by itself. Leave it out.'
+        )
+    if not returns_dict:
+        raise ValueError(
+            "`return_evictions` needs `return_dict_in_generate=True`: the evictions are a field of the output."
+        )
+
+
+def remember(seam: Seam, generation: Generation, output: Any, evictions: Evictions) -> None:
+    """Let what left the sequences of a ``generate`` that began with an empty cache be found by their tokens."""
+    cache = generation.cache
+    rows = None if cache is None else cache.rows
+    if seam.memory is None or rows is None or generation.continued:
+        return
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    behind = torch.tensor(rows.bound, device=rows.device) - rows.thoughts
+    start = rows.columns - behind - rows.lengths
+    # The last token was never read, but in rows that ended before.
+    stop = start + rows.lengths + (1 if rows.running is None else rows.running.long())
+    tokens = [
+        row[first:last] for row, first, last in zip(sequences.tolist(), start.tolist(), stop.tolist(), strict=True)
+    ]
+    seam.memory.note(tokens, evictions)
+
+
+def at_eviction(evictions: Evictions, numbers: Tensor, complete: bool) -> Recorded:
+    """What leaves at the eviction of each row before which there were ``numbers [B]``."""
+    layers: dict[int, Tensor] = {}
+    for index, part in evictions.layers.items():
+        if not part.shape[1]:
+            continue
+        there = numbers.clamp(max=part.shape[1] - 1)[:, None, None, None].expand(-1, 1, *part.shape[2:])
+        found = part.gather(1, there)[:, 0]
+        layers[index] = torch.where((numbers < part.shape[1])[:, None, None], found, -1)
+    return Recorded(layers, complete)
