@@ -26,6 +26,24 @@ def assert_close(actual, expected, dtype=None, scale=1.0):
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * size)
 
 
+POLICIES = ("sliding_window", "random", "key_diff", "attention", "head_budget")
+
+
+def policy_options(base, eviction):
+    """Options of a policy for a window of 8: some queries, and heads that differ."""
+    if eviction == "attention":
+        return {"queries": 3}
+    if eviction != "head_budget":
+        return {}
+    with torch.no_grad():
+        layers = base(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values.layers
+    heads = [part.shape[1] if (part := getattr(layer, "keys", None)) is not None else 0 for layer in layers]
+    return {
+        "queries": 2,
+        "importance": [[float((3 * head + layer) % 5) for head in range(count)] for layer, count in enumerate(heads)],
+    }
+
+
 def make_pte(name="llama", *, dtype=torch.float32, seed=0, base=None, attn_implementation=None, model=None, **fields):
     """A tiny random model of the family ``name`` with a random PTE adapter, in evaluation mode.
 
@@ -37,6 +55,8 @@ def make_pte(name="llama", *, dtype=torch.float32, seed=0, base=None, attn_imple
     if name in EAGER_ONLY and attn_implementation != "eager":
         pytest.skip(f"transformers has no {attn_implementation} attention for {name}")
     base = make_base(name, attn_implementation=attn_implementation, **(model or {})) if base is None else base
+    if "eviction_options" not in fields and "eviction" in fields:
+        fields["eviction_options"] = policy_options(base.to(dtype), fields["eviction"])
     config = PTEConfig(task_type="CAUSAL_LM", **{**SMALL, **fields})
     adapted = get_peft_model(base.to(dtype), config)
     return adapted.eval()

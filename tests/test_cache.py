@@ -7,10 +7,9 @@ import torch
 
 from peft_pte import PTECache
 from tests.cases import TWO_FAMILIES
-from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import POLICIES, SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
 
 WINDOW = SMALL["cache_window"]
-POLICIES = ["sliding_window", "key_diff"]
 
 
 @pytest.fixture(params=POLICIES)

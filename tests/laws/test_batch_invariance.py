@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.cases import FAMILIES, PAD
-from tests.helpers import SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import POLICIES, SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
 
 WINDOW = SMALL["cache_window"]
 PROMPTS = (6, 3, 5)
@@ -42,7 +42,7 @@ def row_log_probs(model, batch, left, rows):
     ]
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_depends_on_itself_alone(family, dtype, eviction):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from tests.cases import PAD, VOCABULARY
-from tests.helpers import SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import POLICIES, SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
 
 WINDOW = SMALL["cache_window"]
 FAMILIES = ("llama", "qwen3", "gpt2", "gpt_neox", "phi3", "olmo2")
 ONE_LAYER = {"gpt2": {"n_layer": 1}}
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_slots_out_of_use_are_never_read(family, eviction):

@@ -6,7 +6,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_pte.rollout import batch as batches
 from tests.cases import FAMILIES, PAD, TWO_FAMILIES, VOCABULARY
-from tests.helpers import SMALL, assert_close, make_pte
+from tests.helpers import POLICIES, SMALL, assert_close, make_pte
 from tests.laws.test_hybrids import HYBRIDS, make_hybrid
 
 WINDOW = SMALL["cache_window"]
@@ -116,9 +116,9 @@ def test_a_request_does_not_know_what_others_draw():
 
 
 @pytest.mark.parametrize("encoder_attention", ["linear", "softmax", "slots"])
-@pytest.mark.parametrize("fields", [{}, {"eviction": "key_diff"}], ids=["sliding_window", "key_diff"])
-def test_scored_log_probs_are_those_returned(fields, encoder_attention):
-    model = make_pte(dtype=torch.float64, encoder_attention=encoder_attention, **fields)
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_scored_log_probs_are_those_returned(eviction, encoder_attention):
+    model = make_pte(dtype=torch.float64, encoder_attention=encoder_attention, eviction=eviction)
     outputs = model.generate_batch(
         make_requests(), options(do_sample=True, top_k=0), rows(3, return_logprobs=True, seed=2)
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.cases import TWO_FAMILIES
-from tests.helpers import SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, trainable
+from tests.helpers import POLICIES, SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, trainable
 
 WINDOW = SMALL["cache_window"]
 # Rotary and learned positions, in models that compute in float64 throughout: the RMS norm of Llama and its kin is taken
@@ -18,7 +18,7 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("family", TINY)
 def test_gradcheck(family, eviction):
     model = make_pte(
@@ -87,7 +87,7 @@ def embedding_gradients(backprop, eviction="sliding_window"):
     return embeddings.grad.abs().sum(dim=(0, 2)), encoders
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_detached_keys_and_values_stop_the_gradient_at_an_eviction(eviction):
     exact, _ = embedding_gradients(True, eviction)
     detached, encoders = embedding_gradients(False, eviction)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.cases import FAMILIES
-from tests.helpers import SMALL, make_prompts, make_pte
+from tests.helpers import POLICIES, SMALL, make_prompts, make_pte
 
 WINDOW = SMALL["cache_window"]
 
@@ -29,7 +29,7 @@ def storage_bytes(cache):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bytes_do_not_change_after_the_first_eviction(family, eviction):

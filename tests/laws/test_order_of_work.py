@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.cases import FAMILIES, TWO_FAMILIES
-from tests.helpers import SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import POLICIES, SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits
 
 WINDOW = SMALL["cache_window"]
 
@@ -35,7 +35,12 @@ def test_gradient_checkpointing(family, dtype, backprop):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"eviction": "key_diff"}, {"cache_window": None}, {"state_update": "frozen"}, {"state_address": "value"}],
+    [
+        *({"eviction": name} for name in POLICIES[1:]),
+        {"cache_window": None},
+        {"state_update": "frozen"},
+        {"state_address": "value"},
+    ],
     ids=str,
 )
 def test_gradient_checkpointing_of_variants(fields):
@@ -59,7 +64,7 @@ def test_gradient_checkpointing_of_a_partly_adapted_model(family):
     assert_same_gradients(gradients(model, batch)[0], expected)
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("piece", [1, 3, 100])
 @pytest.mark.parametrize("family", [*TWO_FAMILIES, "gemma3"])
 def test_length_of_chunks_and_of_passes(family, piece, eviction):
@@ -115,7 +120,9 @@ def test_as_many_segments_as_another_process(family, prompts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"eviction": "key_diff"}, {"backprop_through_cache": False}, {"state_address": "value"}], ids=str
+    "fields",
+    [{}, *({"eviction": name} for name in POLICIES[2:]), {"backprop_through_cache": False}, {"state_address": "value"}],
+    ids=str,
 )
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("recompute_layers", [False, True])

@@ -4,13 +4,23 @@ import pytest
 import torch
 
 from tests.cases import FAMILIES, TWO_FAMILIES
-from tests.helpers import SMALL, TOLERANCE, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import (
+    POLICIES,
+    SMALL,
+    TOLERANCE,
+    assert_close,
+    log_probs,
+    make_prompts,
+    make_pte,
+    roll_out,
+    thought_logits,
+)
 
 WINDOW = SMALL["cache_window"]
 LENGTHS = {"below": WINDOW - 3, "at": WINDOW, "one above": WINDOW + 1, "far above": 4 * WINDOW}
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_equals_rollout(family, dtype, eviction):
@@ -132,7 +142,7 @@ def test_with_gradients_as_without():
     assert_close(thought_logits(model, batch).detach(), rollout.logits)
 
 
-@pytest.mark.parametrize("eviction", ["sliding_window", "key_diff"])
+@pytest.mark.parametrize("eviction", POLICIES)
 def test_tokens_may_come_many_at_a_time(eviction):
     # A conversation: the cache is kept, and the next turn comes in one call.
     model = make_pte("llama", eviction=eviction)

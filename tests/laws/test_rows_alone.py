@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_pte import PTECache
 from tests.cases import PAD
-from tests.helpers import SMALL, assert_close, make_pte
+from tests.helpers import POLICIES, SMALL, assert_close, make_pte
 
 WINDOW = SMALL["cache_window"]
 ROWS = 3
@@ -83,7 +83,7 @@ VARIANTS = {
     "linear": {},
     "slots": {"encoder_attention": "slots"},
     "softmax by value": {"encoder_attention": "softmax", "state_address": "value"},
-    "key_diff": {"eviction": "key_diff"},
+    **{name: {"eviction": name} for name in POLICIES[1:]},
     "one at a time": {"evict_ratio": 0.01},
     "all at once": {"evict_ratio": 1.0},
     "five of seven": {"cache_window": 7, "evict_ratio": 0.75},
@@ -117,6 +117,8 @@ HISTORIES = st.fixed_dictionaries(
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(history=HISTORIES)
 def test_a_row_among_others_is_the_row_alone(model, static, history):
+    if static and model.peft_config["default"].eviction == "head_budget":
+        pytest.skip("heads of different lengths have no form at fixed addresses")
     batch = Batch(model, history["prompts"], static)
     batch.start()
     for call in history["calls"]:

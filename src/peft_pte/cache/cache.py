@@ -615,7 +615,7 @@ def _made(
         return {index: ThoughtLayer(window, policy, index, shared) for index in indices}
     budgets = {index: policy.budgets(index, window, step) for index in indices}
     clocks = {index: HeadClock(given, window, step) for index, given in budgets.items() if given is not None}
-    if not clocks:
+    if all(size == window for clock in clocks.values() for size in clock.budgets):
         return {index: ChoosingLayer(window, policy, index, shared) for index in indices}
     if shared is not None:
         raise NotImplementedError(

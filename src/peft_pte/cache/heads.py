@@ -88,7 +88,8 @@ class ChoosingLayer(ThoughtLayer):
         self.recent_observed: Observed | None = None
         # Whether the queries of what comes are wanted, and what attention does with them.
         self.watched = False
-        self._step: Step | None = None
+        # Which slot each row writes in a step, [B], and at which position.
+        self._step: tuple[Tensor, Tensor] | None = None
         self.scaling = 1.0
         self.softcap: float | None = None
         # By row what its heads gave up, [G, m] of each eviction; None: nobody asked.
@@ -109,7 +110,7 @@ class ChoosingLayer(ThoughtLayer):
             empty = new.new_zeros(new.shape[0], new.shape[1], count, new.shape[3])
             self._keep(Observed(empty, torch.zeros(new.shape[0], count, dtype=torch.long, device=new.device)))
         if self._step is not None:
-            self._observe_token(new, self._step)
+            self._observe_token(new, *self._step)
             return
         before = self.recent_observed
         if self._new_positions is None:
@@ -121,10 +122,9 @@ class ChoosingLayer(ThoughtLayer):
         tokens = Observed(new[:, :, -thoughts:].clone(), self._new_positions.to(new.device))
         self.recent_observed = tokens if before is None else before.last(count).followed_by(tokens)
 
-    def _observe_token(self, queries: Tensor, step: Step) -> None:
+    def _observe_token(self, queries: Tensor, write: Tensor, positions: Tensor) -> None:
         held = known(self.observed)
-        writes = (step.write != self.window).to(queries.device)
-        positions = step.positions.to(queries.device)
+        writes, positions = (write != self.window).to(queries.device), positions.to(queries.device)
         moved = Observed(
             torch.cat([held.queries[:, :, 1:], queries], dim=2),
             torch.cat([held.positions[:, 1:], positions[:, None]], dim=1),
@@ -372,7 +372,7 @@ class ChoosingLayer(ThoughtLayer):
         there = step.write.to(held.device)[:, None, None].expand(-1, held.shape[1], 1)
         new = step.positions.to(held.device)[:, None, None].expand_as(there)
         self.slot_positions = functional.pad(held, (0, 1)).scatter(2, there, new)[..., :-1]
-        self._step = step
+        self._step = (step.write, step.positions)
         # Others leave their places before the next eviction; in a graph all steps are one.
         self.watched = self.policy.observed > 0 and (self.static or step.until <= self.policy.observed)
 

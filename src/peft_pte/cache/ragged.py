@@ -283,7 +283,7 @@ class RaggedLayer(ChoosingLayer):
         """Be ready for one more token of each row."""
         positions, heads = known(self.line_positions), len(self.clock.budgets)
         device = positions.device
-        self._step, self.write = step, write.to(device)
+        self._step, self.write = (step.write, step.positions), write.to(device)
         self.watched = step.until <= self.policy.observed
         thoughts = step.thoughts.to(device)
         # An eviction before this thought has been.
@@ -293,7 +293,8 @@ class RaggedLayer(ChoosingLayer):
         writes = (step.write != self.window).to(device)
         spare = heads * self.window
         self._place = torch.where(writes[:, None], starts + sizes, spare)
-        width = min(self.longest, step.most)
+        # From the first eviction on as wide as ever.
+        width = step.most if step.most <= self.window else self.longest
         column = torch.arange(width, device=device)
         self._index = (starts[..., None] + column).clamp(max=spare).flatten(1)
         self.visible = column <= sizes[..., None]

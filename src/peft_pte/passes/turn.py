@@ -89,9 +89,9 @@ class Turn:
         return (here // self.clocks.step).clamp(min=0)
 
     def first(self, chunk: Chunk) -> int:
-        """The fewest of them among rows that are due in ``chunk``, one of which is."""
+        """The fewest of them among rows that are due at the first eviction of ``chunk``."""
         rows = zip(self.clocks.thoughts, self.offsets, self._due(chunk.thought), strict=True)
-        least = min(before - late for before, late, due in rows if due)
+        least = min((before - late for before, late, due in rows if due), default=self.clocks.window - chunk.thought)
         return (least + chunk.thought - self.clocks.window) // self.clocks.step
 
     def realigned(self, chunk: Chunk) -> Tensor | None:
