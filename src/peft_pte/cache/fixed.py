@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..method.state import LayerState, Stacked, ThoughtState
-from .store import at_address
+from .store import Step, at_address
 
 
 class FixedAddresses:
@@ -30,6 +30,7 @@ class FixedAddresses:
         self.ready, self.stale = False, True
         self.positions: Tensor | None = None
         self._stacked: dict[tuple[int, ...], Tensor] = {}
+        self._written_at: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def counters(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,21 @@ class FixedAddresses:
             for counter in held:
                 torch._dynamo.mark_static_address(counter)
             self._counters[device] = held
+        return held
+
+    def written(self, step: Step, device: torch.device) -> tuple[Tensor, Tensor]:
+        """On ``device``: the slot of the window that each row writes in a ``step``, ``[B]``, and its position, ``[B]``."""
+        held = self._written_at.get(device)
+        if held is None or held[0].shape != step.write.shape:
+            held = self._written_at[device] = (
+                step.write.to(device, copy=True),
+                step.positions.to(device, copy=True),
+            )
+            for part in held:
+                torch._dynamo.mark_static_address(part)
+        else:
+            held[0].copy_(step.write)
+            held[1].copy_(step.positions)
         return held
 
     def all_counters(self) -> Iterator[tuple[torch.device, tuple[Tensor, Tensor]]]:

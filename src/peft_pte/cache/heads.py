@@ -208,6 +208,11 @@ class ChoosingLayer(ThoughtLayer):
         if recorded is None or left is None:
             return self.policy.chosen(window, evict, lost)
         left = left.to(window.positions.device)
+        if left.shape[1] != window.positions.shape[1]:
+            raise ValueError(
+                f"`evictions` must be of {window.positions.shape[1]} heads in layer {self.index}, got {left.shape[1]}. Hand on what `generate` returned "
+                "for these very sequences."
+            )
         there = (window.positions[..., None] == left[:, :, None]).any(dim=-1)
         if window.valid is not None:
             there = there & window.valid
@@ -375,6 +380,10 @@ class ChoosingLayer(ThoughtLayer):
         self._step = (step.write, step.positions)
         # Others leave their places before the next eviction; in a graph all steps are one.
         self.watched = self.policy.observed > 0 and (self.static or step.until <= self.policy.observed)
+
+    def write_at(self, slots: Tensor, positions: Tensor) -> None:
+        """Let what :meth:`ready` said of the slots and positions ``[B]`` of a step stand at these addresses."""
+        self._step = (slots, positions)
 
     # What all caches can do.
 

@@ -107,9 +107,10 @@ class EvictionMemory:
     def note(self, sequences: Sequence[Sequence[int]], evictions: Evictions) -> None:
         """Remember what left ``sequences``, tokens without padding."""
         held = evictions.to("cpu")
-        for number, tokens in enumerate(sequences):
+        for number, (tokens, count) in enumerate(zip(sequences, held.counts.tolist(), strict=True)):
             self._rows.pop(tuple(tokens), None)
-            self._rows[tuple(tokens)] = held.rows([number])
+            own = {layer: part[number : number + 1, :count].clone() for layer, part in held.layers.items()}
+            self._rows[tuple(tokens)] = Evictions(own)
         while len(self._rows) > self.capacity:
             del self._rows[next(iter(self._rows))]
 

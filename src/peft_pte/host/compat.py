@@ -33,6 +33,9 @@ ATTENTION_TABLE = "ALL_ATTENTION_FUNCTIONS"
 ATTENTION_NAME = "_attn_implementation"
 EAGER_ATTENTION = "eager_attention_forward"
 
+# What says on an attention layer that it caches something smaller than its keys and values (5.17 to 5.23).
+LATENT = "kv_lora_rank"
+
 # What makes GPT-2 attend without looking anything up (5.17 to 5.23).
 UPCAST_ATTENTION = "reorder_and_upcast_attn"
 

@@ -22,6 +22,7 @@ from .compat import (
     BLOCKS_IN_MASKS,
     CACHE_NAMES,
     FULL_ATTENTION,
+    LATENT,
     LAYER_NUMBERS,
     LENGTH_DEPENDENT_ROTATIONS,
     PER_TOKEN,
@@ -228,7 +229,7 @@ def _measure(model: PreTrainedModel, backbone: PreTrainedModel, site: Site, tria
         except LookupError as error:
             site.unknown_rotation = str(error)
         else:
-            latent = hasattr(site.attention, "kv_lora_rank")
+            latent = hasattr(site.attention, LATENT)
             site.key_rotation, site.value_rotation = (None, rotation) if latent else (rotation, None)
         return
     cached = trial.cached.get(site.index)
@@ -302,6 +303,12 @@ def _check_queries(model: PreTrainedModel, sites: Sites, config: PTEConfig, poli
         raise NotImplementedError(
             f"`eviction` must not be {config.eviction!r} for {type(model).__name__}, whose {type(unseen[0].attention).__name__} does not go through the "
             'attention interface of transformers, so its queries are not known. Use "key_diff", "random" or "sliding_window".'
+        )
+    latent = [site for site in evicting if hasattr(site.attention, LATENT)]
+    if policy.observed and latent:
+        raise NotImplementedError(
+            f"`eviction` must not be {config.eviction!r} for {type(model).__name__}: its {type(latent[0].attention).__name__} caches something else "
+            'than the keys that its queries meet. Use "key_diff", "random" or "sliding_window".'
         )
     steps = config.tokens_per_eviction
     shared = [

@@ -1,4 +1,4 @@
-"""What TRL's trainers (and transformers' own) log about a PTE run."""
+"""What TRL's trainers (and transformers' own) log about a PTE run, and how what leaves in a rollout leaves again in its scoring."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_pte.eviction.records import EvictionMemory
 from peft_pte.seam import Seam
 
 # Where wrappers keep what they wrap: parallel wrappers, torch.compile.
@@ -75,6 +76,101 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(named)
 
 
+class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
+    """Lets what left a sequence when it was written leave again when it is scored, in trainers that roll out: GRPO, RLOO and their kin.
+
+    For a policy that looks at keys or queries (``eviction="key_diff"``, ``"attention"``, ``"head_budget"``) on a base in half precision, where
+    rounding may choose otherwise the second time. Rows are found by their tokens; one that was not written here (an evaluation set) chooses for
+    itself. Logs ``pte/recorded_rows``, the share of scored rows that were found: with a plain trainer 1::
+
+        trainer = GRPOTrainer(model=model, peft_config=PTEConfig(eviction="attention", ...), ...)
+        RecordedEvictions.attach(trainer)
+        trainer.train()
+
+    The old log-probs and those of every later iteration are taken under the choices of the rollout. They are integers: one for each thought that
+    left, layer and KV head, on the CPU.
+
+    Args:
+        rows: Sequences that are remembered, of this process.
+    """
+
+    def __init__(self, rows: int) -> None:
+        if rows < 1:
+            raise ValueError(f"`rows` must be at least 1, got {rows}. Use what is scored before the next rollout.")
+        self.rows = rows
+
+    @classmethod
+    def attach(cls, trainer: Any) -> RecordedEvictions:
+        """Add the callback to ``trainer``, for two of its rollouts, and begin to remember.
+
+        Args:
+            trainer: A trainer of TRL that rolls out.
+
+        Returns:
+            The callback.
+
+        Raises:
+            ValueError: The model has no PTE adapter, or nothing is chosen, or the trainer rolls nothing out.
+        """
+        args = trainer.args
+        steps = getattr(args, "steps_per_generation", None) or getattr(args, "gradient_accumulation_steps", 1)
+        if not hasattr(args, "num_generations"):
+            raise ValueError(
+                f"{type(trainer).__name__} rolls nothing out, so there is nothing to remember. Leave the callback out; GRPOTrainer and RLOOTrainer have it."
+            )
+        callback = cls(rows=2 * steps * args.per_device_train_batch_size)
+        callback.begin(trainer.model)
+        trainer.add_callback(callback)
+        return callback
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin to remember what leaves sequences that ``model`` writes.
+
+        Raises:
+            ValueError: The model has no PTE adapter, or nothing is chosen.
+        """
+        seam = find_seam(model)
+        adapter = seam.active_adapter()
+        if adapter is None or seam.config(adapter).cache_window is None or seam.policy(adapter).uniform:
+            raise ValueError(
+                'Nothing is chosen with eviction="sliding_window" or without a window: the oldest leave, and scoring knows them by itself. Leave the '
+                "callback out."
+            )
+        seam.memory = EvictionMemory(self.rows)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the share of rows that were found to ``logs`` and to the last entry of ``state.log_history``."""
+        memory = find_seam(kwargs["model"]).memory
+        if logs is None or memory is None or not memory.asked:
+            return
+        share = {"pte/recorded_rows": memory.found / memory.asked}
+        memory.asked = memory.found = 0
+        logs.update(share)
+        if state.log_history:
+            state.log_history[-1].update(share)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget everything."""
+        find_seam(kwargs["model"]).memory = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember, also where a training begins again."""
+        seam = find_seam(kwargs["model"])
+        if seam.memory is None:
+            self.begin(kwargs["model"])
+
+
 def find_seam(model: nn.Module) -> Seam:
     """The seam of an adapted model, whatever it is wrapped in.
 
@@ -93,7 +189,7 @@ def find_seam(model: nn.Module) -> Seam:
     seam = Seam.of(inner)
     if seam is None:
         raise ValueError(
-            f"`model` must carry a PTE adapter for PTECallback, got {type(inner).__name__} without one. Give the trainer "
+            f"`model` must carry a PTE adapter for this callback, got {type(inner).__name__} without one. Give the trainer "
             "peft_config=PTEConfig(...), or leave the callback out."
         )
     return seam

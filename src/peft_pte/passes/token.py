@@ -16,6 +16,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..cache.cache import PTECache, check_cache
 from ..cache.fixed import FixedAddresses
+from ..cache.heads import ChoosingLayer
 from ..cache.rows import Rows
 from ..cache.store import Leaving, Step
 from ..host.compat import FULL_ATTENTION
@@ -213,6 +214,8 @@ def _make_ready(seam: Seam, adapter: str, cache: PTECache, rows: Rows, fixed: Fi
         write, seen = fixed.counters(layer.at_rest.keys.device, len(rows.bound))
         layer.ready(token.step, write)
         layer.seen_tensor = seen
+        if isinstance(layer, ChoosingLayer) and layer.watched:
+            layer.write_at(*fixed.written(token.step, write.device))
     for device, (write, seen) in fixed.all_counters():
         write.copy_(token.step.place.to(device))
         seen.fill_(rows.columns)
