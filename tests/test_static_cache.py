@@ -9,7 +9,7 @@ from transformers import CompileConfig
 
 from peft_pte import PTECache, PTEConfig
 from tests.cases import FAMILIES, TWO_FAMILIES
-from tests.helpers import SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
+from tests.helpers import POLICIES, SMALL, assert_close, log_probs, make_prompts, make_pte, roll_out, thought_logits
 
 WINDOW = SMALL["cache_window"]
 STATIC = {"cache_implementation": "static"}
@@ -389,3 +389,19 @@ def test_moved_between_steps():
             assert all(layer.write.device == layer.keys.device for _, layer in cache.thought_layers)
         found.append(decode(model, cache, ids, mask, WINDOW)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("eviction", POLICIES[1:4])
+@pytest.mark.parametrize("family", TWO_FAMILIES)
+def test_policies_that_look_in_one_graph(family, eviction, counters):
+    # Queries are seen inside of the graph, and remembered at fixed addresses.
+    model = make_pte(family, eviction=eviction)
+    expected = roll_out(model, make_prompts((7, 2, 5)), 6 * WINDOW)
+    found = roll_out(model, make_prompts((7, 2, 5)), 6 * WINDOW, **compiling())
+    assert_close(found.logits, expected.logits)
+    for index, _ in expected.cache.thought_layers:
+        held = [run.cache.window_positions(index).sort(dim=-1).values for run in (expected, found)]
+        assert torch.equal(*held)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
