@@ -1,4 +1,4 @@
-"""Tables and figures of docs/evidence.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
+"""Tables and figures of docs/evidence.md and docs/eviction.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
 
 Each section is rendered by the benchmark it comes from, between its markers; text outside of the markers is written by hand.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import eviction
 from .machine import ROOT, load_runs
 from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
@@ -19,13 +20,14 @@ from .rl import report as rl
 from .rl.run import RESULTS as RL
 from .tables import insert
 
-DOCUMENT = ROOT / "docs" / "evidence.md"
-SECTIONS: dict[str, tuple[Callable[[Path], str], Path]] = {
-    "memory": (memory.report, MEMORY),
-    "rl": (rl.report, RL),
-    "reasoning": (reasoning.report, REASONING),
+EVIDENCE, EVICTION = ROOT / "docs" / "evidence.md", ROOT / "docs" / "eviction.md"
+SECTIONS: dict[str, tuple[Callable[[Path], str], Path, Path]] = {
+    "memory": (memory.report, MEMORY, EVIDENCE),
+    "rl": (rl.report, RL, EVIDENCE),
+    "reasoning": (reasoning.report, REASONING, EVIDENCE),
+    "eviction": (memory.report_evictions, MEMORY / "eviction", EVICTION),
 }
-"""By marker: what renders the results of a folder, the folder."""
+"""By marker: what renders the results of a folder, the folder, the document."""
 
 
 def provenance(results: list[dict[str, Any]]) -> str:
@@ -45,24 +47,28 @@ def provenance(results: list[dict[str, Any]]) -> str:
     )
 
 
-def render(document: str) -> str:
-    """``document`` with every section rendered anew."""
-    for name, (report, folder) in SECTIONS.items():
-        block = f"{provenance(load_runs(folder))}\n\n{report(folder)}"
-        document = insert(document, block, name)
-    return document
+def render(document: Path) -> str:
+    """The text of ``document`` with every section rendered anew."""
+    text = document.read_text()
+    for name, (report, folder, place) in SECTIONS.items():
+        if place == document:
+            text = insert(text, f"{provenance(load_runs(folder))}\n\n{report(folder)}", name)
+    if document == EVICTION:
+        text = insert(text, eviction.report(), "eviction-cost")
+    return text
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Render docs/evidence.md."""
+    """Render the documents."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("--stdout", action="store_true", help="print the document; leave the file as it is")
+    parser.add_argument("--stdout", action="store_true", help="print the documents; leave the files as they are")
     options = parser.parse_args(arguments)
-    text = render(DOCUMENT.read_text())
-    if options.stdout:
-        print(text)
-        return
-    DOCUMENT.write_text(text)
+    for document in (EVIDENCE, EVICTION):
+        text = render(document)
+        if options.stdout:
+            print(text)
+        else:
+            document.write_text(text)
 
 
 if __name__ == "__main__":

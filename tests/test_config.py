@@ -21,7 +21,7 @@ WRONG = [
     ({"cache_window": "big"}, TypeError, "`cache_window` must be an integer, got 'big'"),
     ({"evict_ratio": 0.0}, ValueError, "`evict_ratio` must be above 0 and at most 1, got 0.0"),
     ({"evict_ratio": 1.5}, ValueError, "`evict_ratio` must be above 0 and at most 1, got 1.5"),
-    ({"eviction": "random"}, ValueError, "`eviction` must be one of 'sliding_window', 'key_diff', got 'random'"),
+    ({"eviction": "oldest"}, ValueError, "`eviction` must be one of 'sliding_window', 'random', 'key_diff'"),
     ({"num_global_tokens": -1}, ValueError, "`num_global_tokens` must be at least 0, got -1"),
     ({"encoder_attention": "flash"}, ValueError, "`encoder_attention` must be one of 'linear', 'softmax', 'slots'"),
     ({"update_gain": 0.0}, ValueError, "`update_gain` must be a positive number, got 0.0"),

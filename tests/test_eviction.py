@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ WINDOW = SMALL["cache_window"]
 
 
 def test_those_that_come_with_the_package():
-    assert {name for name in REGISTERED if not name.startswith(("_", "test"))} - {"kvpress"} == set(POLICIES)
+    assert {name for name in REGISTERED if not name.startswith(("_", "test"))} - {"kvpress", "large_values"} == set(
+        POLICIES
+    )
 
 
 # A third party's policy: no line of the package is read, and none is changed.
@@ -381,7 +385,7 @@ def test_attention_that_does_not_ask_is_noticed(monkeypatch):
     model = make_pte(eviction="attention")
     for site in sites(model).values():
         site.attention.config = site.attention.config.host
-    with pytest.raises(NotImplementedError, match="did not go through transformers' attention interface"):
+    with pytest.raises(NotImplementedError, match="went 0 times through transformers' attention interface"):
         model(torch.arange(1, 30)[None], prompt_length=2)
 
 
@@ -513,3 +517,14 @@ def test_a_cache_is_made_by_its_options():
     cache = PTECache(model.config, other)
     with pytest.raises(ValueError, match="another adapter configuration"):
         model(torch.arange(1, 9)[None], past_key_values=cache)
+
+
+def test_the_policy_of_the_docs():
+    text = (Path(peft_pte.__file__).parents[2] / "docs" / "eviction.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_eviction" in block)
+    assert len(code.strip().splitlines()) <= 20
+    exec(compile(code, "docs/eviction.md", "exec"), {"__name__": "docs_eviction"})
+    model = make_pte(dtype=torch.float64, eviction="large_values")
+    rollout = roll_out(model, make_prompts(), 4 * WINDOW)
+    with torch.no_grad():
+        assert_close(thought_logits(model, rollout.truncated(4 * WINDOW)).float(), rollout.logits)

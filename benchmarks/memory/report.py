@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 
 from ..machine import load_runs
 from ..small import same_base
+from .run import EVICTIONS
 from .task import CHANCE
 
 COLUMNS = {
@@ -21,6 +22,7 @@ COLUMNS = {
     "over_2.5": "over 2.5 W",
     "beyond_relay": "beyond relay",
 }
+EVICTION_ARMS = {"lora": "LoRA_c", "pte-slots": "PTE, slots"}
 ARM_NAMES = {
     "base": "base model, full cache",
     "pte": "PTE",
@@ -41,6 +43,25 @@ def report(folder: Path) -> str:
     parts += [_controls(arms), _ablations(results, lengths)]
     draw(arms, folder / "memory.png")
     return "\n\n".join(part for part in parts if part)
+
+
+def report_evictions(folder: Path) -> str:
+    """The table of policies as markdown: recall with and without a state, by what leaves."""
+    results = same_base([result for result in load_runs(folder) if result["name"].startswith("short")])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault(result["name"].removeprefix("short-"), []).append(result)
+    rows = []
+    for arm, name in EVICTION_ARMS.items():
+        for policy in ("sliding_window", *EVICTIONS):
+            runs = found.get(arm if policy == "sliding_window" else f"{arm}-evict-{policy}")
+            if runs:
+                evaluations = [run["evaluation"][0] for run in runs]
+                rows.append(_row(f"{name}, `{policy}`", evaluations, [run["seed"] for run in runs]))
+    counts = results[0]["evaluation"][0]
+    return f"**Facts recalled, %, traces of {counts['length']} thoughts** (n per seed).\n\n" + _table(
+        rows, "what leaves", counts["buckets"]
+    )
 
 
 def _row(name: str, evaluations: list[dict[str, Any]], seeds: list[int]) -> str:

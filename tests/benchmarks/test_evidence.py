@@ -1,4 +1,4 @@
-"""docs/evidence.md says what the committed results say."""
+"""docs/evidence.md and docs/eviction.md say what the committed results say."""
 
 import shutil
 
@@ -10,12 +10,16 @@ from benchmarks.machine import load_runs
 
 @pytest.mark.parametrize("name", evidence.SECTIONS)
 def test_the_document_is_rendered_from_the_results(name, tmp_path):
-    report, folder = evidence.SECTIONS[name]
+    report, folder, document = evidence.SECTIONS[name]
     copy = tmp_path / "results"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.png"))  # Figures are drawn into the copy.
     block = f"{evidence.provenance(load_runs(copy))}\n\n{report(copy)}"
-    assert block in evidence.DOCUMENT.read_text(), "run `python -m benchmarks.evidence`"
-    assert list(copy.glob("*.png"))
+    assert block in document.read_text(), "run `python -m benchmarks.evidence`"
+    assert list(copy.glob("*.png")) or document == evidence.EVICTION
+
+
+def test_the_cost_of_a_choice_is_rendered_from_its_results():
+    assert evidence.eviction.report() in evidence.EVICTION.read_text(), "run `python -m benchmarks.evidence`"
 
 
 def test_a_provenance_names_every_machine_and_commit():

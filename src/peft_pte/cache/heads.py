@@ -225,7 +225,8 @@ class ChoosingLayer(ThoughtLayer):
 
         A row that has ended on the device alone loses nothing; what is noted of it comes behind what it has lost.
         """
-        if self.log is None:
+        # With gradients a layer runs twice, and nothing is noted: `Evictions.of_rows` misses it.
+        if self.log is None or self.frozen:
             return
         left = left.int()
         for number, row in enumerate(rows):

@@ -23,7 +23,17 @@ class Evictions:
 
     @staticmethod
     def of_rows(logs: dict[int, list[list[Tensor]] | None], counts: Sequence[int]) -> Evictions:
-        """Put together what was noted, ``[G, m]`` at each eviction of each row; the first ``counts`` of them happened."""
+        """Put together what was noted, ``[G, m]`` at each eviction of each row; the first ``counts`` of them happened.
+
+        Raises:
+            ValueError: Less was noted than has happened.
+        """
+        if any(
+            len(entries) < count for rows in logs.values() for entries, count in zip(rows or [], counts, strict=True)
+        ):
+            raise ValueError(
+                "Some evictions were not recorded: calls with gradients note none. Write the sequence under torch.no_grad()."
+            )
         layers: dict[int, Tensor] = {}
         for index, rows in logs.items():
             found = [entries[:count] for entries, count in zip(rows or [], counts, strict=True)]

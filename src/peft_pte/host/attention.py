@@ -27,7 +27,7 @@ class _Watching(threading.local):
     """The layer of the cache that is shown the queries of what runs on this thread."""
 
     layer: Any = None
-    shown: bool = False
+    shown: int = 0
 
 
 _watching = _Watching()
@@ -79,18 +79,19 @@ def watch(layer: Any) -> Iterator[None]:
     """Within the block, on this thread, ``layer`` of the cache is shown the queries of what attends, if it wants them.
 
     Raises:
-        NotImplementedError: It wants them, and attention was not looked up.
+        NotImplementedError: It wants them, and attention was not looked up, or more than once.
     """
     if not (isinstance(layer, ThoughtLayer) and layer.watched):
         yield
         return
     before, shown = _watching.layer, _watching.shown
-    _watching.layer, _watching.shown = layer, False
+    _watching.layer, _watching.shown = layer, 0
     try:
         yield
-        if not _watching.shown and not torch.compiler.is_compiling():
+        if _watching.shown != 1 and not torch.compiler.is_compiling():
             raise NotImplementedError(
-                f"The attention of layer {layer.index} did not go through transformers' attention interface, so its queries are not known. Use "
+                f"The attention of layer {layer.index} went {_watching.shown} times through transformers' attention interface, so its queries are not "
+                "known. Use "
                 'eviction="key_diff", "random" or "sliding_window" for this model.'
             )
     finally:
@@ -103,7 +104,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
     names = inspect.unwrap(type(module).forward).__globals__
     if layer is not None:
         layer.observe(query, kwargs.get("scaling"), kwargs.get("softcap"))
-        _watching.shown = True
+        _watching.shown += 1
     config = module.config.host if isinstance(module.config, WatchedConfig) else module.config
     computes = names[ATTENTION_TABLE].get_interface(getattr(config, ATTENTION_NAME), names.get(EAGER_ATTENTION))
     return computes(module, query, key, value, *args, **kwargs)

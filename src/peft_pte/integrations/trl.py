@@ -113,12 +113,12 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
             ValueError: The model has no PTE adapter, or nothing is chosen, or the trainer rolls nothing out.
         """
         args = trainer.args
-        steps = getattr(args, "steps_per_generation", None) or getattr(args, "gradient_accumulation_steps", 1)
+        steps: Any = getattr(args, "steps_per_generation", None) or getattr(args, "gradient_accumulation_steps", 1)
         if not hasattr(args, "num_generations"):
             raise ValueError(
                 f"{type(trainer).__name__} rolls nothing out, so there is nothing to remember. Leave the callback out; GRPOTrainer and RLOOTrainer have it."
             )
-        callback = cls(rows=2 * steps * args.per_device_train_batch_size)
+        callback = cls(rows=2 * int(steps) * int(args.per_device_train_batch_size))
         callback.begin(trainer.model)
         trainer.add_callback(callback)
         return callback

@@ -48,9 +48,15 @@ def row_bytes(seam: Seam, adapter: str, prompt: int, written: int, static: bool)
     element = torch.finfo(seam.model.dtype).bits // 8
     slots = prompt + (config.cache_window or 0) + (64 if static else 1)
     held = 0
+    policy, text_config = seam.policy(adapter), seam.text_config
+    heads = text_config.num_attention_heads
+    width: int = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     for site in seam.sites.values():
         if site.evicts:
             held += slots * (site.key_width + site.value_width) * element
+            if not policy.uniform:
+                # Positions by head, and queries of the last thoughts.
+                held += slots * site.key_width // width * 8 + policy.observed * heads * width * element
     states = sum(encoder.settings[adapter].rank for encoder in seam.encoders(adapter).values()) * config.num_queries
     vocabulary: Any = seam.text_config.vocab_size
     return held + states * 4 * (2 if static else 1) + vocabulary * 4 * _COPIES_OF_LOGITS + written * 20

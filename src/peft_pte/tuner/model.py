@@ -110,6 +110,8 @@ class PTEModel(BaseTuner):
                 "Rows can be replaced where the model does not number columns, as this one does. Decode the new prompts in a cache of their own."
             )
         fresh = self.new_cache()
+        if cache.recording:
+            fresh.record()
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=fresh, prompt_length=prompt_length
         )
