@@ -253,6 +253,14 @@ def test_key_diff_and_attention_choose_what_they_say():
             "`importance` must be made of numbers of at least 0",
         ),
         (
+            {"eviction": "head_budget", "eviction_options": {"importance": [[1e308, 1e308]]}},
+            "whose sums are finite",
+        ),
+        (
+            {"eviction": "head_budget", "cache_window": 8, "eviction_options": {"importance": [[9.0, 0.0]]}},
+            "`cache_window` must be above 8 for HeadBudget, got 8",
+        ),
+        (
             {"eviction": "head_budget", "eviction_options": {"importance": [[1.0]], "equal": 2.0}},
             "`equal` must be from 0 to 1",
         ),
@@ -343,9 +351,12 @@ def test_budgets_that_are_no_window():
 def test_importance_of_another_model():
     with pytest.raises(ValueError, match="`importance` must hold numbers for each layer, and has none for layer 1"):
         make_pte(eviction="head_budget", eviction_options={"queries": 2, "importance": [[1.0, 2.0]]})
-    model = make_pte(eviction="head_budget", eviction_options={"queries": 2, "importance": [[1.0, 2.0, 3.0, 4.0]] * 3})
-    with pytest.raises(ValueError, match="`importance` must hold 2 numbers for layer 0, one for each KV head, got 4"):
-        model(torch.arange(1, 30)[None], prompt_length=2)
+    # Also where all would get the same.
+    for wrong in ([[1.0, 2.0, 3.0, 4.0]] * 3, [[1.0]] * 3):
+        with pytest.raises(ValueError, match="`importance` must hold 2 numbers for layer 0, one for each KV head, got"):
+            make_pte(eviction="head_budget", eviction_options={"queries": 2, "importance": wrong})
+    with pytest.raises(ValueError, match="has none for layer 1"):
+        make_pte(eviction="head_budget", eviction_options={"queries": 2, "importance": [[1.0, 2.0], [], [1.0, 2.0]]})
 
 
 def test_heads_of_different_lengths_need_masks_of_their_own():
@@ -366,6 +377,31 @@ def test_what_looks_at_queries_takes_nothing_back():
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="must be 0 with a policy that looks at queries"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize("eviction", ["attention", "head_budget"])
+def test_queries_behind_a_hidden_end(eviction):
+    # A later mask hides the last tokens: what is left of their queries must be gone before it is looked at.
+    model = make_pte(dtype=torch.float64, eviction=eviction)
+    ids = torch.randint(1, 57, (1, 40))
+    taken = refused = 0
+    for thoughts in range(2, 16):
+        for back in (1, 2):
+            cache, kept = model.base_model.new_cache(), 6 + thoughts - back
+            mask = torch.ones(1, 6 + thoughts + 12, dtype=torch.long)
+            mask[:, kept : 6 + thoughts] = 0
+            with torch.no_grad():
+                model(ids[:, : 6 + thoughts], past_key_values=cache, prompt_length=6)
+                try:
+                    found = model(ids[:, 20:32], attention_mask=mask, past_key_values=cache).logits
+                except ValueError as error:
+                    refused += "queries of the last" in str(error)
+                    continue
+                expected = model(torch.cat([ids[:, :kept], ids[:, 20:32]], dim=1), prompt_length=6).logits
+            assert_close(found, expected[:, -12:])
+            taken += 1
+    assert taken > 5
+    assert refused > 5
 
 
 def test_models_without_the_attention_interface_are_refused(monkeypatch):
@@ -430,6 +466,7 @@ def test_sliding_windows_are_watched_by_nobody():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_importance_is_measured_and_the_model_given_back(family):
     base = make_base(family).train()
+    still = next(module for module in base.modules() if not list(module.children())).eval()
     frozen = next(base.parameters()).requires_grad_(False)
     before = {name: part.clone() for name, part in base.state_dict().items()}
     ids = torch.randint(1, 57, (3, 60))
@@ -437,6 +474,7 @@ def test_importance_is_measured_and_the_model_given_back(family):
     mask[1, :10] = 0
     measured = head_importance(base, ids, mask, cache_window=16, queries=4)
     assert base.training
+    assert not still.training
     assert not frozen.requires_grad
     assert sum(not part.requires_grad for part in base.parameters()) == 1
     assert set(base.state_dict()) == set(before)
@@ -490,12 +528,18 @@ def test_scores_of_kvpress(monkeypatch):
         def score(self, module, hidden_states, keys, values, attentions, kwargs):
             return -keys.norm(dim=-1)
 
+    class RandomPress:
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):
+            return torch.rand(keys.shape[:3])
+
     class SnapKVPress:
         def score(self, module, hidden_states, keys, values, attentions, kwargs):
             return module.head_dim * keys
 
     monkeypatch.setitem(
-        sys.modules, "kvpress", types.SimpleNamespace(KnormPress=KnormPress, SnapKVPress=SnapKVPress, other=3)
+        sys.modules,
+        "kvpress",
+        types.SimpleNamespace(KnormPress=KnormPress, RandomPress=RandomPress, SnapKVPress=SnapKVPress, other=3),
     )
     model = make_pte(dtype=torch.float64, eviction="kvpress", eviction_options={"press": "KnormPress"})
     rollout = roll_out(model, make_prompts(), 4 * WINDOW)
@@ -504,6 +548,8 @@ def test_scores_of_kvpress(monkeypatch):
     model = make_pte(eviction="kvpress", eviction_options={"press": "SnapKVPress"})
     with pytest.raises(NotImplementedError, match="SnapKVPress needs more than keys and values"):
         model(torch.arange(1, 30)[None], prompt_length=2)
+    with pytest.raises(ValueError, match=r'and RandomPress does not.*eviction="random"'):
+        PTEConfig(eviction="kvpress", eviction_options={"press": "RandomPress"})
     with pytest.raises(ValueError, match="`press` must name a class of kvpress that scores tokens, got 'other'"):
         PTEConfig(eviction="kvpress", eviction_options={"press": "other"})
     monkeypatch.setitem(sys.modules, "kvpress", None)

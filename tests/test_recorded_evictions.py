@@ -1,11 +1,11 @@
 """What left when a sequence was written leaves again when it is scored: whatever the policy would choose then."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from peft_pte import EvictionPolicy, Evictions, register_eviction
+from peft_pte import EvictionPolicy, Evictions, PTEConfig, register_eviction
 from peft_pte.eviction.records import EvictionMemory
 from peft_pte.seam import Seam
 from tests.helpers import POLICIES, SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits
@@ -125,14 +125,102 @@ def test_rows_in_any_phase():
         assert_close(scored[0, 16:-1], logits[row, :count])
 
 
-def test_several_answers_and_beams():
+def test_several_answers():
     model = make_pte(eviction="test_moody")
-    for settings in ({"num_return_sequences": 3, "do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):
-        prompts = make_prompts((4, 4))
-        output = model.generate(
-            **prompts, **settings, max_new_tokens=3 * WINDOW, return_dict_in_generate=True, return_evictions=True
-        )
-        assert output.evictions.batch >= len(output.sequences)
+    prompts = make_prompts((4, 4))
+    torch.manual_seed(0)
+    output = model.generate(
+        **prompts,
+        num_return_sequences=3,
+        do_sample=True,
+        max_new_tokens=3 * WINDOW,
+        output_logits=True,
+        return_dict_in_generate=True,
+        return_evictions=True,
+    )
+    with torch.no_grad():
+        scored = model(output.sequences, prompt_length=4, evictions=output.evictions).logits[:, 3:-1]
+    assert_close(scored, torch.stack(output.logits, dim=1))
+
+
+def test_beams_are_put_together_from_rows_that_are_gone():
+    model = make_pte(eviction="key_diff")
+    settings = {"num_beams": 3, "max_new_tokens": 3 * WINDOW, "return_dict_in_generate": True}
+    with pytest.raises(NotImplementedError, match=r"cannot be had with beam_search.*Use num_beams=1"):
+        model.generate(**make_prompts(), **settings, return_evictions=True)
+    # Where a trainer remembers, an evaluation by beams is none of its business.
+    seam = Seam.require(model.get_base_model())
+    seam.memory = EvictionMemory(6)
+    model.train()
+    model.generate(**make_prompts(), **settings)
+    assert len(seam.memory) == 0
+
+
+@pytest.mark.parametrize("end", [7, 8, 9, 12])
+def test_turns_of_rows_that_end_apart(end):
+    # What is noted of a row behind its own end is no eviction of its next turn.
+    model = make_pte(dtype=torch.float64, eviction="key_diff", prompt_end=4)
+    ids = torch.randint(1, 57, (2, 4), generator=torch.Generator().manual_seed(1))
+    over = 59
+    settings = {
+        "prefix_allowed_tokens_fn": lambda row, sofar: (
+            [over] if row == 0 and len(sofar) == 3 + end else list(range(1, 57))
+        ),
+        "eos_token_id": over,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "return_evictions": True,
+    }
+    cache = model.base_model.new_cache()
+    first = model.generate(ids, max_new_tokens=20, past_key_values=cache, **settings)
+    assert first.evictions.counts.tolist() == [max(0, (end - 1 - WINDOW) // 2 + 1), 6]
+    mask = torch.ones(2, 24 + 3, dtype=torch.long)
+    mask[0, 4 + end : 24] = 0
+    more = torch.cat([first.sequences, torch.tensor([[3, 4, 5], [6, 7, 8]])], dim=1)
+    second = model.generate(more, attention_mask=mask, max_new_tokens=15, past_key_values=cache, **settings)
+    rows = [torch.cat([second.sequences[0, : 4 + end], second.sequences[0, 24:]]), second.sequences[1]]
+    for row, tokens in enumerate(rows):
+        own = model.base_model.new_cache()
+        own.record()
+        with torch.no_grad():
+            expected = model(tokens[None, :-1], past_key_values=own).logits
+            scored = model(tokens[None, :-1], evictions=second.evictions.rows([row])).logits
+        assert_close(scored, expected)
+        assert second.evictions.counts[row] == own.evicted.counts[0]
+        for layer, part in own.evicted.layers.items():
+            assert torch.equal(
+                second.evictions.layers[layer][row, : part.shape[1]].sort(dim=-1).values, part[0].sort(dim=-1).values
+            )
+
+
+def test_calls_with_gradients_note_nothing():
+    model = make_pte(eviction="key_diff")
+    cache = model.base_model.new_cache()
+    cache.record()
+    model(torch.arange(1, 25)[None], past_key_values=cache, prompt_length=4)
+    with pytest.raises(ValueError, match="calls with gradients note none"):
+        _ = cache.evicted
+    cache = model.base_model.new_cache()
+    cache.record()
+    model(torch.arange(1, 4 + WINDOW + 1)[None], past_key_values=cache, prompt_length=4)
+    with torch.no_grad():
+        for token in (5, 6, 7):
+            model(torch.tensor([[token]]), past_key_values=cache)
+    assert cache.evicted.counts.tolist() == [2]
+
+
+def test_replaced_rows_bring_their_records():
+    model = make_pte(eviction="key_diff")
+    cache = model.base_model.new_cache()
+    cache.record()
+    with torch.no_grad():
+        model(torch.arange(1, 41).view(2, 20), past_key_values=cache, prompt_length=4)
+        model.base_model.replace_rows(cache, [1], torch.arange(3, 33)[None], prompt_length=4)
+        assert cache.evicted.counts.tolist() == [4, 9]
+        other = model.base_model.new_cache()
+        model(torch.arange(1, 21)[None], past_key_values=other, prompt_length=4)
+        with pytest.raises(ValueError, match="`other` has evicted thoughts without a record"):
+            cache.replace_rows([0], other)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
@@ -179,11 +267,15 @@ def test_a_row_of_nothing_chooses_for_itself():
 
 def changed(evictions, change):
     layers = {index: part.clone() for index, part in evictions.layers.items()}
-    return Evictions(change(layers) or layers)
+    return replace(evictions, layers=change(layers) or layers)
 
 
 def twice(layers):
     layers[1][2, 3, 0, 0] = layers[1][2, 1, 0, 1]
+
+
+def a_hole(layers):
+    layers[2][1, 2, 1, 0] = -1
 
 
 def not_written(layers):
@@ -199,7 +291,7 @@ WRONG = [
     (lambda layers: {index: part[:2] for index, part in layers.items()}, "`evictions` must be of 3 rows, got 2"),
     (
         lambda layers: {index: part[..., :1] for index, part in layers.items()},
-        "must hold 2 thoughts of each head.*got 1",
+        "hold what each head loses at an eviction",
     ),
     (lambda layers: {index: part[:, :, :1] for index, part in layers.items()}, "must be of 2 heads in layer 0, got 1"),
     (
@@ -207,6 +299,7 @@ WRONG = [
         r"must hold the 12 evictions of the 32 thoughts of row 0, got 9",
     ),
     (twice, "name a thought twice in a head, or one that is not written by then"),
+    (a_hole, "hold what each head loses at an eviction"),
     (not_written, "name a thought twice in a head, or one that is not written by then"),
     (of_the_prompt, "name a thought twice in a head, or one that is not written by then"),
 ]
@@ -219,6 +312,45 @@ def test_records_of_something_else(change, match):
     batch = rollout.truncated(4 * WINDOW)
     with pytest.raises(ValueError, match=match), torch.no_grad():
         model(**batch, evictions=changed(evictions, change))
+
+
+def test_a_record_of_another_window():
+    model = make_pte(eviction="key_diff")
+    rollout, evictions = rolled_out(model)
+    model.peft_config["default"].cache_window = 10
+    with pytest.raises(
+        ValueError, match="must be those of a window of 10 thoughts of which 2 leave together, got 8 and 2"
+    ):
+        model(**rollout.truncated(4 * WINDOW), evictions=evictions)
+    with pytest.raises(ValueError, match="must be of one window"):
+        Evictions.join([evictions, replace(evictions, window=9)])
+
+
+def test_a_record_is_never_dropped():
+    model = make_pte(eviction="key_diff", dtype=torch.float64)
+    rollout, evictions = rolled_out(model, prompts=make_prompts((6, 6, 6)))
+    ids = rollout.input_ids
+    with torch.no_grad():
+        # Through the backbone alone, as fused heads call it.
+        backbone = model.base_model.model.model
+        hidden = backbone(input_ids=ids, prompt_length=6, evictions=evictions.rows([0, 1, 2])).last_hidden_state
+        expected = model(ids, prompt_length=6, output_hidden_states=True).hidden_states[-1]
+        assert_close(hidden, expected)
+        with pytest.raises(TypeError, match=r"must be peft_pte.Evictions.*got str"):
+            backbone(input_ids=ids, evictions="nothing")
+        with pytest.raises(TypeError, match=r"must be peft_pte.Evictions.*got str"):
+            model(ids, evictions="nothing")
+        with model.disable_adapter(), pytest.raises(ValueError, match="need an active adapter"):
+            model(ids, evictions=evictions)
+        cache = model.base_model.new_cache()
+        model(ids[:, :10], prompt_length=6, past_key_values=cache)
+        for columns in (1, 2):
+            with pytest.raises(NotImplementedError, match="cannot be scored on with a cache"):
+                model(ids[:, 10 : 10 + columns], past_key_values=cache, evictions=evictions)
+        # Nothing but prompts: nothing leaves.
+        assert_close(
+            model(ids[:, :6], prompt_length=6, evictions=evictions).logits, model(ids[:, :6], prompt_length=6).logits
+        )
 
 
 def test_a_prefix_is_scored_by_the_same_record():
@@ -262,6 +394,10 @@ def test_rows_are_remembered_by_their_tokens():
     seam = Seam.require(model.get_base_model())
     seam.memory = EvictionMemory(6)
     torch.manual_seed(0)
+    # An evaluation is not remembered.
+    model.generate(**make_prompts(), max_new_tokens=4 * WINDOW)
+    assert len(seam.memory) == 0
+    model.train()
     output = model.generate(
         **make_prompts(), max_new_tokens=4 * WINDOW, do_sample=True, output_logits=True, return_dict_in_generate=True
     )
@@ -281,13 +417,26 @@ def test_rows_are_remembered_by_their_tokens():
     with torch.no_grad():
         model(torch.arange(1, 30)[None], prompt_length=2)
     assert (seam.memory.asked, seam.memory.found) == (4, 3)
+    # Another adapter, or the same in another window, chooses for itself.
+    ids = output.sequences[2:3]
+    model.add_adapter("plain", PTEConfig(task_type="CAUSAL_LM", cache_window=WINDOW, r=4))
+    model.set_adapter("plain")
+    with torch.no_grad():
+        model(ids, prompt_length=6)
+    assert (seam.memory.asked, seam.memory.found) == (4, 3)
+    model.set_adapter("default")
+    model.peft_config["default"].cache_window = 12
+    with torch.no_grad():
+        model(ids, prompt_length=6)
+    assert (seam.memory.asked, seam.memory.found) == (4, 3)
 
 
 def test_the_oldest_rows_are_forgotten():
     memory = EvictionMemory(2)
-    record = Evictions({0: torch.arange(6, dtype=torch.int32).view(3, 1, 1, 2)})
-    memory.note([[1, 2], [3], [4, 5]], record)
+    record = Evictions({0: torch.arange(6, dtype=torch.int32).view(3, 1, 1, 2)}, WINDOW, 2)
+    memory.note("me", [[1, 2], [3], [4, 5]], record)
     assert len(memory) == 2
-    assert memory.recall(torch.tensor([[1, 2]]), None) is None
-    found = memory.recall(torch.tensor([[0, 3], [4, 5], [9, 9]]), torch.tensor([[0, 1], [1, 1], [1, 1]]))
+    assert memory.recall("me", torch.tensor([[1, 2]]), None) is None
+    found = memory.recall("me", torch.tensor([[0, 3], [4, 5], [9, 9]]), torch.tensor([[0, 1], [1, 1], [1, 1]]))
     assert found.layers[0][:, 0, 0].tolist() == [[2, 3], [4, 5], [-1, -1]]
+    assert memory.recall("you", torch.tensor([[4, 5]]), None) is None

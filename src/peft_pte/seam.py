@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
-from .cache.cache import PTECache
+from .cache.cache import PTECache, fingerprint
 from .cache.rows import Rows
 from .config import PTEConfig
 from .eviction.policy import EvictionPolicy, make_policy
@@ -233,18 +233,23 @@ class Seam:
         return make_policy(config.eviction, config.eviction_options)
 
     def remembers(self, adapter: str) -> bool:
-        """Whether what leaves is to be remembered: somebody asked, and something is chosen."""
+        """Whether what leaves is to be remembered: somebody asked, something is chosen, and it is no evaluation."""
         return (
             self.memory is not None
+            and self.model.training
             and self.config(adapter).cache_window is not None
             and not self.policy(adapter).uniform
         )
 
-    def recall(self, ids: Tensor | None, mask: Tensor | None, cache: PTECache | None) -> Evictions | None:
-        """What left sequences when they were written, where that is remembered (:class:`EvictionMemory`)."""
+    def recall(self, adapter: str, ids: Tensor | None, mask: Tensor | None, cache: PTECache | None) -> Evictions | None:
+        """What left sequences when they were written with an adapter, where that is remembered (:class:`EvictionMemory`)."""
         if self.memory is None or ids is None or cache is not None:
             return None
-        return self.memory.recall(ids, mask)
+        return self.memory.recall(self.writer(adapter), ids, mask, counted=self.model.training)
+
+    def writer(self, adapter: str) -> str:
+        """Who writes with an adapter, as it is configured now."""
+        return f"{adapter} {fingerprint(self.config(adapter))}"
 
     def pass_length(self, adapter: str) -> int:
         """Columns of a pass with gradients, at most."""
@@ -312,8 +317,8 @@ class Generation:
     """``[B, N]``, what it goes on from."""
     record: bool = False
     """Whether it is noted what leaves."""
-    continued: bool = False
-    """Whether its cache held something before."""
+    asked: bool = False
+    """Whether its caller asked for it, and not a trainer that remembers."""
 
     def take(self) -> PromptSpec:
         """What it says about its prompts, to the call that prefills them."""

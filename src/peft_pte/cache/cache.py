@@ -35,7 +35,7 @@ from .heads import ChoosingLayer
 from .own import fork_own, map_own, own_tensors, renumber_own, repeat_own, replace_own, select_own
 from .ragged import RaggedLayer
 from .rows import Rows
-from .schedule import evictions_before, held_after
+from .schedule import evictions_before, held_after, is_due, until_due
 from .store import SharedSlots, ThoughtLayer
 
 
@@ -295,9 +295,9 @@ class PTECache(Cache):
 
     def evicted_of(self, row: int, thoughts: int) -> Evictions:
         """What the heads of a row gave up before it had written ``thoughts``, as a batch of one."""
-        count = int(evictions_before(thoughts - 1, self.window or 0, self.tokens_per_eviction)) if thoughts > 0 else 0
         logs = {index: layer.log for index, layer in self.thought_layers if isinstance(layer, ChoosingLayer)}
-        return Evictions.of_rows({index: None if log is None else [log[row]] for index, log in logs.items()}, [count])
+        own = {index: None if log is None else [log[row]] for index, log in logs.items()}
+        return Evictions.of_rows(own, [self._evictions_of(thoughts)], self.window or 0, self.tokens_per_eviction)
 
     @property
     def evicted(self) -> Evictions:
@@ -310,13 +310,9 @@ class PTECache(Cache):
             raise ValueError(
                 "Nothing was recorded. Ask for it before: `record()`, or generate(..., return_evictions=True)."
             )
-        thoughts = self.rows.thoughts.tolist()
-        counts = [
-            int(evictions_before(count - 1, self.window or 0, self.tokens_per_eviction)) if count else 0
-            for count in thoughts
-        ]
+        counts = [self._evictions_of(count) for count in self.rows.thoughts.tolist()]
         logs = {index: layer.log for index, layer in self.thought_layers if isinstance(layer, ChoosingLayer)}
-        return Evictions.of_rows(logs, counts)
+        return Evictions.of_rows(logs, counts, self.window or 0, self.tokens_per_eviction)
 
     def make_rows(self, batch: int, prompt: int, device: torch.device) -> None:
         """Let an empty cache have ``batch`` rows that hold nothing, with slots for prompts of ``prompt``; each is to be replaced."""
@@ -324,6 +320,44 @@ class PTECache(Cache):
         self._begin_logs(batch)
         self.rows.begin(prompt, torch.zeros(batch, prompt, dtype=torch.bool, device=device))
         self.prompt_ends = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def synchronize(self) -> None:
+        """Let the host know which rows have ended, and forget what was noted of them behind their ends."""
+        rows = self.rows
+        if rows is None:
+            return
+        ended = rows.running is not None
+        rows.synchronize()
+        if not (ended and self.recording):
+            return
+        counts = [self._evictions_of(count) for count in rows.bound]
+        for _, layer in self.thought_layers:
+            if isinstance(layer, ChoosingLayer) and layer.log is not None:
+                layer.log = [entries[:count] for entries, count in zip(layer.log, counts, strict=True)]
+
+    def _evictions_of(self, thoughts: int) -> int:
+        return evictions_before(thoughts - 1, self.window or 0, self.tokens_per_eviction) if thoughts > 0 else 0
+
+    def take_back(self, thoughts: Sequence[int]) -> bool:
+        """Forget the last ``thoughts`` of each row; False, and nothing is done, where one of them evicted something.
+
+        Raises:
+            ValueError: The policy looks at queries, and would not get those before: they are forgotten.
+        """
+        rows = self.rows
+        if rows is None:
+            return False
+        for count, back in zip(rows.bound, thoughts, strict=True):
+            kept = count - back
+            window, step = rows.window, rows.step
+            written = 0 if is_due(kept, window, step) else until_due(kept, window, step)
+            if back and written < self.policy.observed:
+                raise ValueError(
+                    f"`attention_mask` hides the last {back} tokens of a row {written} thoughts before its next eviction, and what leaves then is chosen "
+                    f"by the queries of the last {self.policy.observed}, of which those before the hidden ones are forgotten. Prefill the conversation again "
+                    "without the cache, or use a policy that looks at no queries."
+                )
+        return rows.take_back(thoughts)
 
     def replace_rows(self, rows: Sequence[int], other: PTECache) -> None:
         """Let ``rows`` be those of ``other``, states and all: nothing of what they were is seen again.
@@ -358,7 +392,11 @@ class PTECache(Cache):
                 "Rows can be replaced where no layer that is not bounded stands at fixed addresses, and all prompts have come to their end (see "
                 "PTEConfig.prompt_end; or give `prompt_length`). Decode the new prompts in a cache of their own."
             )
-        mine.synchronize()
+        if self.recording and not other.recording and other.evictions:
+            raise ValueError(
+                "This cache records what leaves, and `other` has evicted thoughts without a record. Let it record before its first call (`record()`)."
+            )
+        self.synchronize()
         there = torch.tensor(list(rows), device=mine.device)
         if self.prompt_ends is not None and other.prompt_ends is not None:
             behind = max(mine.columns, theirs.columns) - theirs.columns
@@ -460,7 +498,7 @@ class PTECache(Cache):
                 "generate without an assistant."
             )
         if self.rows is not None:
-            self.rows.synchronize()
+            self.synchronize()
             if self.rows.unused is not None and bool(self.rows.unused.any()):
                 raise ValueError(
                     f"`tokens_to_remove` must be 0 once rows have ended, got {tokens_to_remove}: the last columns are not the same tokens in "

@@ -6,6 +6,7 @@ ones go, is as without a choice.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -387,6 +388,12 @@ class ChoosingLayer(ThoughtLayer):
         self._step = (slots, positions)
 
     # What all caches can do.
+
+    def fork(self) -> ThoughtLayer:
+        """An independent layer with the same content; no tensor is copied, so only one may write to slots."""
+        other = copy.copy(self)
+        other.log = None if self.log is None else [list(entries) for entries in self.log]
+        return other
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything held, for counting bytes."""

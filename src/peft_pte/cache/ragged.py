@@ -191,6 +191,9 @@ class RaggedLayer(ChoosingLayer):
         place = torch.where(column < sizes[..., None], starts[..., None] + column, spare).flatten(1)
         taken = window.gather(source)
         batch = joined(self.recent).keys.shape[0]
+        if self.block is None:
+            # Of a prompt that has no token.
+            self.block = taken.map(lambda part: part.new_zeros(batch, part.shape[1], 0, part.shape[3]))
         line = self._line(taken, batch)
         mine = line if rows is None else line.map(lambda part: part.index_select(0, rows))
         held = _known_positions(self.line_positions, batch, spare, device)

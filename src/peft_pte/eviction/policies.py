@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -114,8 +115,12 @@ class HeadBudget(Attention):
                 "model: peft_pte.head_importance(model, input_ids)."
             )
         numbers = [number for layer in self.importance for number in layer]
-        if not all(isinstance(number, (int, float)) and 0 <= number < float("inf") for number in numbers):
-            raise ValueError(f"`importance` must be made of numbers of at least 0, got {self.importance}.")
+        fine = all(isinstance(number, (int, float)) and number >= 0 for number in numbers)
+        if not fine or not all(math.isfinite(sum(layer)) for layer in self.importance):
+            raise ValueError(
+                f"`importance` must be made of numbers of at least 0 whose sums are finite, got {self.importance}. Measure it: "
+                "peft_pte.head_importance(model, input_ids)."
+            )
         if not 0.0 <= self.equal <= 1.0:
             raise ValueError(f"`equal` must be from 0 to 1, got {self.equal}. Use 0.5.")
 
@@ -126,12 +131,22 @@ class HeadBudget(Attention):
             ValueError: Nothing is known of the layer.
         """
         importance = self.importance or []
-        if layer >= len(importance):
+        if layer >= len(importance) or not importance[layer]:
             raise ValueError(
                 f"`importance` must hold numbers for each layer, and has none for layer {layer}. Measure it on this model: "
                 "peft_pte.head_importance(model, input_ids)."
             )
-        return split(importance[layer], window, min(window, max(evict, self.queries)), self.equal)
+        return split(importance[layer], window, max(evict, self.queries), self.equal)
+
+    def check(self, window: int, evict: int) -> None:
+        """Raise a ValueError where nothing of a window is left to be split."""
+        least = max(evict, self.queries)
+        if window <= least:
+            raise ValueError(
+                f"`cache_window` must be above {least} for HeadBudget, got {window}: each head gets the {evict} thoughts that come next, and at least the "
+                f"{self.queries} whose queries are looked at, so nothing is left to be split. Use a larger window, a smaller evict_ratio, or fewer "
+                "queries (eviction_options)."
+            )
 
 
 def _queries_that_see(window: Window) -> Tensor:

@@ -148,7 +148,10 @@ class EvictionPolicy:
             )
         ordered = leaving.sort(dim=-1).values
         twice = (ordered[..., 1:] == ordered[..., :-1]).any()
-        if bool(twice | (leaving < 0).any() | (leaving >= window.positions.shape[2]).any()):
+        outside = (leaving < 0).any() | (leaving >= window.positions.shape[2]).any()
+        if window.valid is not None and not bool(outside):
+            outside = (~window.valid.gather(2, leaving)).any()
+        if bool(twice | outside):
             raise ValueError(
                 f"{type(self).__name__}.leaving must name {evict} different thoughts from 0 to {window.positions.shape[2] - 1} for each head; one "
                 "was named twice, or is not there."

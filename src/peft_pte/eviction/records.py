@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ class Evictions:
     layers: dict[int, Tensor]
     """By layer of the model that is bounded, ``[B, E, G, m]``: absolute positions of what left at each of ``E`` evictions; -1 behind the last of a
     row, or where a head lost fewer than ``m``. A row of -1 chooses for itself."""
+    window: int
+    """``W``."""
+    step: int
+    """``m``, thoughts that are written between two evictions."""
 
     @staticmethod
-    def of_rows(logs: dict[int, list[list[Tensor]] | None], counts: Sequence[int]) -> Evictions:
+    def of_rows(logs: dict[int, list[list[Tensor]] | None], counts: Sequence[int], window: int, step: int) -> Evictions:
         """Put together what was noted, ``[G, m]`` at each eviction of each row; the first ``counts`` of them happened.
 
         Raises:
@@ -46,7 +50,7 @@ class Evictions:
                 for number, entry in enumerate(entries):
                     made[row, number, :, width - entry.shape[1] :] = entry
             layers[index] = made
-        return Evictions(layers)
+        return Evictions(layers, window, step)
 
     @property
     def batch(self) -> int:
@@ -66,20 +70,22 @@ class Evictions:
     def rows(self, index: Sequence[int] | Tensor) -> Evictions:
         """The rows at ``index``."""
         there = torch.as_tensor(index, dtype=torch.long)
-        return Evictions({layer: part[there.to(part.device)] for layer, part in self.layers.items()})
+        return replace(self, layers={layer: part[there.to(part.device)] for layer, part in self.layers.items()})
 
     def to(self, device: torch.device | str) -> Evictions:
         """The same on ``device``."""
-        return Evictions({layer: part.to(device) for layer, part in self.layers.items()})
+        return replace(self, layers={layer: part.to(device) for layer, part in self.layers.items()})
 
     @staticmethod
     def join(parts: Sequence[Evictions | None]) -> Evictions:
         """One row after the other; ``None``: a row that nothing is known of.
 
         Raises:
-            ValueError: Nothing is known of any row.
+            ValueError: Nothing is known of any row, or they are of different windows.
         """
         given = [part for part in parts if part is not None]
+        if len({(part.window, part.step) for part in given}) > 1:
+            raise ValueError("`parts` must be of one window and evict_ratio. Join those of one adapter.")
         if not given:
             raise ValueError("`parts` must hold the evictions of a row at least, got none.")
         layers: dict[int, Tensor] = {}
@@ -94,7 +100,7 @@ class Evictions:
                     own[:, : known.shape[1], : known.shape[2], width - known.shape[3] :] = known
                 rows.append(own)
             layers[layer] = torch.cat(rows)
-        return Evictions(layers)
+        return replace(given[0], layers=layers)
 
 
 class EvictionMemory:
@@ -109,29 +115,30 @@ class EvictionMemory:
     def __init__(self, rows: int) -> None:
         self.capacity = rows
         self.asked = self.found = 0
-        self._rows: dict[tuple[int, ...], Evictions] = {}
+        self._rows: dict[tuple[str, tuple[int, ...]], Evictions] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def note(self, sequences: Sequence[Sequence[int]], evictions: Evictions) -> None:
-        """Remember what left ``sequences``, tokens without padding."""
+    def note(self, writer: str, sequences: Sequence[Sequence[int]], evictions: Evictions) -> None:
+        """Remember what left ``sequences`` of a ``writer``, tokens without padding."""
         held = evictions.to("cpu")
         for number, (tokens, count) in enumerate(zip(sequences, held.counts.tolist(), strict=True)):
-            self._rows.pop(tuple(tokens), None)
+            self._rows.pop((writer, tuple(tokens)), None)
             own = {layer: part[number : number + 1, :count].clone() for layer, part in held.layers.items()}
-            self._rows[tuple(tokens)] = Evictions(own)
+            self._rows[writer, tuple(tokens)] = replace(held, layers=own)
         while len(self._rows) > self.capacity:
             del self._rows[next(iter(self._rows))]
 
-    def recall(self, ids: Tensor, mask: Tensor | None) -> Evictions | None:
-        """What left the rows ``ids [B, N]``, whose padding ``mask [B, N]`` leaves out; ``None``: nothing is known of any."""
+    def recall(self, writer: str, ids: Tensor, mask: Tensor | None, counted: bool = True) -> Evictions | None:
+        """What left the rows ``ids [B, N]`` when ``writer`` wrote them, whose padding ``mask [B, N]`` leaves out; ``None``: nothing is known of any."""
         rows = ids.tolist()
         real = [[True] * len(row) for row in rows] if mask is None else mask.bool().tolist()
         found = [
-            self._rows.get(tuple(token for token, here in zip(row, there, strict=True) if here))
+            self._rows.get((writer, tuple(token for token, here in zip(row, there, strict=True) if here)))
             for row, there in zip(rows, real, strict=True)
         ]
-        self.asked += len(found)
-        self.found += sum(part is not None for part in found)
+        if counted and any(name == writer for name, _ in self._rows):
+            self.asked += len(found)
+            self.found += sum(part is not None for part in found)
         return Evictions.join(found) if any(part is not None for part in found) else None

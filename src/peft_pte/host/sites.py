@@ -52,6 +52,8 @@ class Site:
     """``D_k``, flattened width of what is cached as keys."""
     value_width: int = 0
     """``D_v``, the same of values."""
+    heads: int = 0
+    """KV heads ``G``; 0: not known."""
     key_rotation: Rotation | None = None
     """``None``: keys are cached unrotated."""
     value_rotation: Rotation | None = None
@@ -242,6 +244,7 @@ def _measure(model: PreTrainedModel, backbone: PreTrainedModel, site: Site, tria
     site.attention = trial.writers[site.index]
     site.attention_name = next(name for name, module in model.named_modules() if module is site.attention)
     site.key_width, site.value_width = (part[0].shape[1] * part[0].shape[3] for part in (cached.keys, cached.values))
+    site.heads = cached.keys[0].shape[1]
     try:
         site.key_rotation, site.value_rotation = (
             find_rotation(backbone, site.attention, site.layer_type, part, cached.positions)
@@ -311,9 +314,14 @@ def _check_queries(model: PreTrainedModel, sites: Sites, config: PTEConfig, poli
             'than the keys that its queries meet. Use "key_diff", "random" or "sliding_window".'
         )
     steps = config.tokens_per_eviction
-    shared = [
-        site.index for site in evicting if policy.budgets(site.index, config.cache_window or 0, steps) is not None
-    ]
+    budgets = {site.index: policy.budgets(site.index, config.cache_window or 0, steps) for site in evicting}
+    shared = {index: given for index, given in budgets.items() if given is not None}
+    for site in evicting:
+        if site.heads and site.index in shared and len(shared[site.index]) != site.heads:
+            raise ValueError(
+                f"`importance` must hold {site.heads} numbers for layer {site.index}, one for each KV head, got {len(shared[site.index])}. Measure it on "
+                "this model: peft_pte.head_importance(model, input_ids)."
+            )
     text_config: Any = model.config.get_text_config(decoder=True)
     if shared and attention_of(text_config) not in ("eager", "sdpa"):
         raise NotImplementedError(

@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_pte.eviction.policy import EvictionPolicy, Window, register_eviction
@@ -62,4 +63,25 @@ def make_press(name: str, options: dict[str, Any]) -> Any:
     press = getattr(presses, name, None)
     if press is None or not hasattr(press, "score"):
         raise ValueError(f"`press` must name a class of kvpress that scores tokens, got {name!r}. Use 'KnormPress'.")
-    return press(**options)
+    made = press(**options)
+    _check_rows(made, name)
+    return made
+
+
+def _check_rows(press: Any, name: str) -> None:
+    """Refuse scores that are drawn, or depend on other rows: scoring a sequence would evict something else than writing it.
+
+    Raises:
+        ValueError: They do.
+    """
+    keys = torch.arange(64.0).reshape(2, 1, 8, 4).cos()
+    try:
+        both, alone = (press.score(None, None, part, part, None, {}) for part in (keys, keys[:1]))
+    except (AttributeError, TypeError):
+        # It needs more than keys and values, which `score` says.
+        return
+    if not torch.allclose(both[:1], alone):
+        raise ValueError(
+            f"`press` must give a row the same scores whatever stands beside it and whenever it is asked, and {name} does not. For random choices use "
+            'eviction="random".'
+        )

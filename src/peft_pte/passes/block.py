@@ -281,6 +281,7 @@ def _token(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
     index = layer.site.index
     step, encoder = cast(Step, this.step), this.encoders.get(index)
     content, kept = cast(ThoughtLayer, held.layers[index]), held.state.layers[index]
+    content.frozen = this.functional
     if encoder is not None and kept.value is None:
         kept = LayerState(_state(this, index, held))
     # Evict, and encode the rows that are due.
@@ -291,7 +292,6 @@ def _token(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
         if encoder is not None and kept.value is not None:
             kept = LayerState(encoder.forward_rows(this.adapter, kept.value, evicted, step.leaving.rows))
     # Attend, and write.
-    content.frozen = this.functional
     if content.policy.uniform and content.block is not None:
         content.write, content.slots = step.place.to(content.block.keys.device), step.slots
     else:

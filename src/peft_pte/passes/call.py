@@ -237,7 +237,7 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
     rows = None if cache is None else cache.rows
     if cache is None or rows is None or (generation is not None and generation.started):
         return
-    rows.synchronize()
+    cache.synchronize()
     empty, unused = rows.empty, rows.unused
     if unused is not None and not cache.bounds_all and bool(unused.any()):
         raise NotImplementedError(_ENDED_IN_A_HYBRID)
@@ -259,7 +259,7 @@ def check_continuation(call: Call, generation: Generation | None) -> None:
     wrong, some, shown = torch.stack(
         [((hidden < least) | (back > trailing)).any(), (back > 0).any(), (hidden < empty).any()]
     ).tolist()
-    if wrong or (some and not cache.bounds_all) or (some and not rows.take_back(back.tolist())):
+    if wrong or (some and not cache.bounds_all) or (some and not cache.take_back(back.tolist())):
         raise ValueError(
             "`attention_mask` hides tokens that were cached as real and cannot be taken back, or shows padding. A row that ended "
             "without its end-of-sequence token can go on from there while what came behind has evicted nothing: generate with that "

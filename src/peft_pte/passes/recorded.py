@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,46 +19,49 @@ from .turn import Turn
 _REMEDY = "Hand on what `generate` returned for these very sequences, row by row."
 
 
-def check_evictions(
-    evictions: Evictions, cache: PTECache, continued: bool, turn: Turn | None, positions: Tensor
-) -> bool:
+def refuse_continued() -> NoReturn:
+    """Refuse a record in a call that goes on with a cache.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "`evictions` are of whole sequences, so they cannot be scored on with a cache (`past_key_values`). Score the whole sequences."
+    )
+
+
+def check_evictions(evictions: Evictions, cache: PTECache, turn: Turn | None, positions: Tensor) -> bool:
     """Refuse what cannot have left; returns whether it is known of all rows.
 
     Args:
         evictions: What is to leave.
         cache: The cache of the call.
-        continued: Whether it was the caller's.
         turn: What rows write; ``None``: nothing is bounded.
         positions: ``[B, T]``, absolute, of the columns of thoughts.
 
     Raises:
         ValueError: The record is of other layers, rows, heads or lengths, or a thought leaves twice, or before it was written.
-        NotImplementedError: The call goes on with a cache.
     """
     choosing = {index: layer for index, layer in cache.thought_layers if isinstance(layer, ChoosingLayer)}
     if turn is None or not choosing:
         raise ValueError(
             "`evictions` are for a bounded cache whose heads choose what leaves, and here nothing is chosen. Leave them out."
         )
-    if continued:
-        raise NotImplementedError(
-            "`evictions` are of whole sequences, so they cannot be scored on with a cache (`past_key_values`). Score the whole sequences."
-        )
     if set(evictions.layers) != set(choosing):
         raise ValueError(
             f"`evictions` must be of the layers {sorted(choosing)}, got those of {sorted(evictions.layers)}. {_REMEDY}"
         )
     step, window, batch = turn.clocks.step, turn.clocks.window, len(turn.thoughts)
+    if (evictions.window, evictions.step) != (window, step):
+        raise ValueError(
+            f"`evictions` must be those of a window of {window} thoughts of which {step} leave together, got {evictions.window} and {evictions.step}. "
+            f"{_REMEDY}"
+        )
     if evictions.batch != batch:
         raise ValueError(f"`evictions` must be of {batch} rows, got {evictions.batch}. {_REMEDY}")
     for index, part in evictions.layers.items():
         layer = choosing[index]
-        width = layer.clock.most_lost if isinstance(layer, RaggedLayer) else step
-        if part.shape[1] and not (part.shape[3] == width or (isinstance(layer, RaggedLayer) and part.shape[3] < width)):
-            raise ValueError(
-                f"`evictions` must hold {width} thoughts of each head at an eviction, got {part.shape[3]} in layer {index}: they are of another window or "
-                f"evict_ratio. {_REMEDY}"
-            )
+        _check_numbers(part, evictions.counts, layer, step)
     _check_lengths(evictions, turn)
     _check_positions(evictions, turn, positions, window, step)
     counts = evictions.counts.tolist()
@@ -67,6 +70,26 @@ def check_evictions(
 
 def _evictions(thoughts: int, turn: Turn) -> int:
     return evictions_before(thoughts - 1, turn.clocks.window, turn.clocks.step) if thoughts else 0
+
+
+def _check_numbers(part: Tensor, counts: Tensor, layer: ChoosingLayer, step: int) -> None:
+    """Refuse a record ``[B, E, G, m]`` in which a head of a layer loses more or less than it does at one of ``counts [B]`` evictions."""
+    number = torch.arange(part.shape[1], device=part.device)
+    lost: Any = step
+    if isinstance(layer, RaggedLayer) and part.shape[1]:
+        if part.shape[2] != len(layer.clock.budgets):
+            raise ValueError(
+                f"`evictions` must be of {len(layer.clock.budgets)} heads in layer {layer.index}, got {part.shape[2]}. {_REMEDY}"
+            )
+        table = torch.tensor([lost for lost, _ in layer.clock.table], device=part.device)
+        lost = table[number.clamp(max=len(table) - 1)]
+    known = number < counts[:, None].to(part.device)
+    wrong = ((part >= 0).sum(dim=3) != lost) & known[:, :, None]
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`evictions` must hold what each head loses at an eviction, {step} thoughts but where heads share a window, and in layer {layer.index} "
+            f"hold more or less. {_REMEDY}"
+        )
 
 
 def _check_lengths(evictions: Evictions, turn: Turn) -> None:
@@ -83,6 +106,8 @@ def _check_positions(evictions: Evictions, turn: Turn, positions: Tensor, window
     late = torch.tensor(turn.offsets, device=positions.device)
     count = torch.tensor(turn.thoughts, device=positions.device)
     wrong: list[Tensor] = []
+    if not positions.shape[1]:
+        return
     for part in evictions.layers.values():
         if not part.numel():
             continue
@@ -125,7 +150,7 @@ def remember(seam: Seam, generation: Generation, output: Any, evictions: Evictio
     """Let what left the sequences of a ``generate`` that began with an empty cache be found by their tokens."""
     cache = generation.cache
     rows = None if cache is None else cache.rows
-    if seam.memory is None or rows is None or generation.continued:
+    if seam.memory is None or rows is None or cache is None or rows.columns != _columns(output) - 1:
         return
     sequences = output if isinstance(output, Tensor) else output.sequences
     behind = torch.tensor(rows.bound, device=rows.device) - rows.thoughts
@@ -135,7 +160,32 @@ def remember(seam: Seam, generation: Generation, output: Any, evictions: Evictio
     tokens = [
         row[first:last] for row, first, last in zip(sequences.tolist(), start.tolist(), stop.tolist(), strict=True)
     ]
-    seam.memory.note(tokens, evictions)
+    seam.memory.note(seam.writer(cache.adapter or ""), tokens, evictions)
+
+
+def _columns(output: Any) -> int:
+    """Of the sequences that a ``generate`` returned."""
+    sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
+    return sequences.shape[1]
+
+
+def check_given(evictions: Any, adapter: str | None) -> None:
+    """Refuse what is no record, or goes to a model that evicts nothing.
+
+    Raises:
+        TypeError: It is no :class:`peft_pte.Evictions`.
+        ValueError: No adapter is active.
+    """
+    if evictions is None:
+        return
+    if not isinstance(evictions, Evictions):
+        raise TypeError(
+            f"`evictions` must be peft_pte.Evictions, as `generate` returns them, got {type(evictions).__name__}."
+        )
+    if adapter is None:
+        raise ValueError(
+            "`evictions` need an active adapter: the base model has its full cache, and evicts nothing. Leave them out."
+        )
 
 
 def at_eviction(evictions: Evictions, numbers: Tensor, complete: bool) -> Recorded:

@@ -43,7 +43,7 @@ from .layout import Layout, lay_out
 from .masks import ChunkMasks
 from .plan import Counts, Plan, Sizes, make_plan
 from .recompute import Offload, recomputed
-from .recorded import at_eviction, check_evictions
+from .recorded import at_eviction, check_evictions, refuse_continued
 from .token import run_token
 from .turn import Turn
 
@@ -69,12 +69,16 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
         check_last_column(call)
     ends = None if config.cache_window is None else find_ends(seam, adapter, call, prompt, generation)
     cache = call.cache
+    if prompt.evictions is not None and cache is not None:
+        refuse_continued()
     if call.shape[1] == 1 and cache is not None and cache.rows is not None and ends is None:
         output = run_token(seam, adapter, call, generation)
     else:
         if cache is not None and cache.rows is not None and not begins:
             hide_what_ended(call, cache.rows)
-        evictions = prompt.evictions if prompt.evictions is not None else seam.recall(call.ids, call.mask, call.cache)
+        evictions = (
+            prompt.evictions if prompt.evictions is not None else seam.recall(adapter, call.ids, call.mask, call.cache)
+        )
         output, cache = _run_passes(seam, adapter, call, ends, generation, evictions)
         # A row may end while the prompts of others go on.
         if generation is not None and generation.started and cache.rows is not None and call.shape[1] == 1:
@@ -158,7 +162,7 @@ def _run_passes(
     plan = make_plan(counts, replace(sizes, whole_prompt=together is not None, spare=cache.spare))
     complete = False
     if evictions is not None:
-        complete = check_evictions(evictions, cache, call.cache is not None, turn, positions[:, layout.prompt :])
+        complete = check_evictions(evictions, cache, turn, positions[:, layout.prompt :])
     if len(plan.chunks) > 1:
         refuse_recording(seam, call)
     # What the model around has made for layers that are not bounded is over all columns.

@@ -132,15 +132,15 @@ def generate_batch(
             for count in _run(seam, batch, waiting):
                 bar.update(count)
     if remembers:
-        _remember(seam, requests)
+        _remember(seam, adapter, requests)
     return _results(requests)
 
 
-def _remember(seam: Seam, requests: Sequence[Request]) -> None:
+def _remember(seam: Seam, adapter: str, requests: Sequence[Request]) -> None:
     """Let what left while ``requests`` were written be found by their tokens."""
     for request in requests:
         if seam.memory is not None and request.evictions is not None:
-            seam.memory.note([[*request.tokens, *request.generated]], request.evictions)
+            seam.memory.note(seam.writer(adapter), [[*request.tokens, *request.generated]], request.evictions)
 
 
 def _warn_of_half_precision(seam: Seam, adapter: str) -> None:

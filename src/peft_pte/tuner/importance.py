@@ -86,7 +86,7 @@ def head_importance(
         eviction=_PROBE,
         eviction_options={"queries": queries, "found": found},
     )
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     adapted: Any = get_peft_model(model, config)
     try:
@@ -98,7 +98,9 @@ def head_importance(
             adapted(input_ids=input_ids[row][real][None], prompt_length=prompt_length)
         layers = len(Seam.require(model).sites)
     finally:
-        adapted.unload().train(training)
+        adapted.unload()
+        for module, training in modes.items():
+            module.training = training
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     if not found:

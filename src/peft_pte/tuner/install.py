@@ -29,7 +29,7 @@ from ..method.encoder import CHILD_NAME
 from ..method.layer import without_lora_arguments
 from ..passes.block import unwrap, wrap
 from ..passes.boundary import PromptSpec
-from ..passes.recorded import check_recorded, remember
+from ..passes.recorded import check_given, check_recorded, remember
 from ..passes.run import run
 from ..passes.token import prepare, step
 from ..rollout.api import generate_batch
@@ -38,6 +38,9 @@ from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, OuterCall, Seam
 
 _HOOKS = "_pte_hooks"
 _MANAGERS = ("init_continuous_batching", "continuous_batching_context_manager")
+_OWN_ARGUMENTS = {"prompt_length": "length", "evictions": "evictions"}
+"""What a call of the backbone alone may say too, and where it is noted."""
+_ROW_BY_ROW = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation", *_MANAGERS)
 
 
@@ -121,12 +124,17 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**arguments, **arguments.pop("kwargs", {})}
         arguments.pop("self", None)
     adapter = seam.active_adapter()
+    own = {name: arguments[name] for name in _OWN_ARGUMENTS if name in arguments}
+    arguments = {name: value for name, value in arguments.items() if name not in own}
+    check_given(own.get("evictions"), adapter)
     if adapter is None:
         if isinstance(arguments.get("past_key_values"), PTECache):
             raise ValueError(NO_ADAPTER)
         return seam.inner(**arguments)
     outer = seam.calls.outer[-1] if seam.calls.outer else None
-    return run(seam, adapter, arguments, seam.calls.take(), outer)
+    spec = seam.calls.take()
+    given = {_OWN_ARGUMENTS[name]: value for name, value in own.items() if value is not None}
+    return run(seam, adapter, arguments, replace(spec, **given), outer)
 
 
 def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,13 +178,16 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if args:
         named = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
     kwargs = dict(kwargs)
+    seam: Seam = getattr(model, ATTRIBUTE)
+    evictions = kwargs.pop("evictions", None)
+    check_given(evictions, seam.active_adapter())
     spec = PromptSpec(
         named.get("labels"),
         named.get("shift_labels"),
         kwargs.pop("prompt_length", None),
-        evictions=kwargs.pop("evictions", None),
+        evictions=evictions,
     )
-    getattr(model, ATTRIBUTE).calls.stack.append(spec)
+    seam.calls.stack.append(spec)
     return args, kwargs
 
 
@@ -246,7 +257,9 @@ def _generate(self: Any, *args: Any, prompt_length: Any = None, return_evictions
     if return_evictions:
         check_recorded(seam, adapter, kwargs.get("return_dict_in_generate", config.return_dict_in_generate))
     remembers = adapter is not None and seam.remembers(adapter)
-    generation = Generation(PromptSpec(length=prompt_length), record=return_evictions or remembers)
+    generation = Generation(
+        PromptSpec(length=prompt_length), record=return_evictions or remembers, asked=return_evictions
+    )
     seam.calls.generations.append(generation)
     try:
         output = type(self).generate(self, *args, **kwargs)
@@ -275,7 +288,15 @@ def _prepare_cache(
             made = True
         generation = seam.note_cache(model_kwargs["past_key_values"])
         if generation is not None and generation.record:
-            generation.continued = not made and model_kwargs["past_key_values"].get_seq_length() > 0
+            beams = generation_mode not in _ROW_BY_ROW
+            if beams and generation.asked:
+                raise NotImplementedError(
+                    f"`return_evictions` cannot be had with {generation_mode.value}, whose sequences are put together from rows that are gone by its end. "
+                    "Use num_beams=1."
+                )
+            # What goes on from a cache is found by its tokens no more.
+            generation.record = generation.asked or (not beams and made)
+        if generation is not None and generation.record:
             model_kwargs["past_key_values"].record()
         if generation is not None:
             prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
