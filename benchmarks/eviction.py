@@ -27,9 +27,9 @@ from .cases import shaped_base, with_pte
 from .machine import provenance
 
 RESULTS = Path(__file__).parent / "results" / "eviction.jsonl"
-SHAPE, LAYERS, BATCH, PROMPT, WINDOW, RANK = "SmolLM2-135M", 2, 4, 64, 256, 32
+SHAPE, LAYERS, BATCH, PROMPT, WINDOW, RANK = "SmolLM2-135M", 2, 2, 64, 128, 32
 LENGTH = 4 * WINDOW
-REPEATS = 5
+REPEATS = 3
 # Three KV heads, of which the first looks back.
 POLICIES: dict[str, dict[str, Any]] = {
     "sliding_window": {},
