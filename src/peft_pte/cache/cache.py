@@ -63,6 +63,7 @@ class PTECache(Cache):
 
     Attributes:
         rows: What each row has written, once there are rows.
+        spare: Thoughts beyond ``W`` that a head holds at most: more than none where heads share a window.
         prompt_ends: First thought column of each row among the columns of its caller, ``[B]``, once it is known.
         open_prompt: What the rule must know of prompts that have not come to their end; ``None``: what follows is thoughts.
         interrupted: Whether a call that wrote to it did not come to its end: its layers hold different tokens.
@@ -93,6 +94,8 @@ class PTECache(Cache):
                     "memory of fixed size. Use PTEConfig(cache_window=None), or plain LoRA."
                 )
         super().__init__(layers=layers)
+        longest = [layer.longest for layer in layers if isinstance(layer, RaggedLayer)]
+        self.spare = max(longest, default=self.window or 0) - (self.window or 0)
         if static and (self.window is None or not self.continuable):
             raise NotImplementedError(
                 f"A static cache needs a bounded window and no linear attention, got cache_window={self.window} and a "
@@ -136,12 +139,6 @@ class PTECache(Cache):
     def evictions(self) -> int:
         """Evictions of the row that had most."""
         return 0 if self.rows is None else self.rows.evictions
-
-    @property
-    def spare(self) -> int:
-        """Thoughts beyond ``W`` that a head holds at most: more than none where heads share a window."""
-        longest = [layer.longest for layer in self.layers if isinstance(layer, RaggedLayer)]
-        return max(longest, default=self.window or 0) - (self.window or 0)
 
     @property
     def room(self) -> int:
@@ -221,7 +218,7 @@ class PTECache(Cache):
     def rows_for(self, batch: int, device: torch.device) -> Rows:
         """The clocks of ``batch`` rows, made when they are first asked for."""
         if self.rows is None:
-            self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+            self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device, self.policy.observed)
             self._begin_logs(batch)
         return self.rows
 
@@ -316,7 +313,7 @@ class PTECache(Cache):
 
     def make_rows(self, batch: int, prompt: int, device: torch.device) -> None:
         """Let an empty cache have ``batch`` rows that hold nothing, with slots for prompts of ``prompt``; each is to be replaced."""
-        self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device)
+        self.rows = Rows(batch, self.window or 0, self.tokens_per_eviction, device, self.policy.observed)
         self._begin_logs(batch)
         self.rows.begin(prompt, torch.zeros(batch, prompt, dtype=torch.bool, device=device))
         self.prompt_ends = torch.zeros(batch, dtype=torch.long, device=device)

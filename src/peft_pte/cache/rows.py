@@ -48,6 +48,7 @@ class Rows:
         window: ``W``.
         step: ``m``, tokens of an eviction.
         device: Where counts are kept.
+        observed: Of how many thoughts before an eviction queries are looked at.
 
     Attributes:
         columns: Columns that the caller has given, padding and all.
@@ -64,8 +65,8 @@ class Rows:
         paused: Rows that steps leave as they are: which go on, ``[B]``, and the same on the host; ``None``: all do.
     """
 
-    def __init__(self, batch: int, window: int, step: int, device: torch.device) -> None:
-        self.window, self.step = window, step
+    def __init__(self, batch: int, window: int, step: int, device: torch.device, observed: int = 0) -> None:
+        self.window, self.step, self.observed = window, step, observed
         self.columns = self.prompt = 0
         self.prompt_mask: Tensor | None = None
         self.thoughts = torch.zeros(batch, dtype=torch.long, device=device)
@@ -242,7 +243,7 @@ class Rows:
                 if is_due(count, self.window, self.step) and (writes is None or writes[row])
             ]
         leaving = self._leaving(evicting, running) if evicting else None
-        until = min(until_due(count, self.window, self.step) for count in set(self.bound))
+        until = min(until_due(count, self.window, self.step) for count in set(self.bound)) if self.observed else 0
         if in_step:
             write = torch.full_like(counts, first % self.window)
         else:

@@ -154,7 +154,7 @@ class Step:
     thoughts: Tensor
     """``[B]``, thoughts that each has written before."""
     until: int
-    """Thoughts, this one among them, that the row which evicts next writes before, as far as the host knows."""
+    """Thoughts, this one among them, that the row which evicts next writes before, as far as the host knows; 0 where no queries are looked at."""
     most: int
     """Thoughts, this one among them, of the row that has most, as far as the host knows."""
     slots: int

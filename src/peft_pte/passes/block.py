@@ -194,7 +194,11 @@ def _forward(layer: _Layer, *args: Any, **kwargs: Any) -> Any:
             break
     if given is not None and given.fixed is not None and given.fixed.ready:
         # Decoding at fixed addresses: one token, whose slot, mask and state stand ready.
-        with bind(given.reading(layer.site.index)), watch(given.layers[layer.site.index]):
+        held = given.layers[layer.site.index]
+        if isinstance(held, ThoughtLayer) and held.watched:
+            with bind(given.reading(layer.site.index)), watch(held):
+                return layer.host(layer.named(args, kwargs))
+        with bind(given.reading(layer.site.index)):
             return layer.host(layer.named(args, kwargs))
     cache = given if given is not None and given.running is not None else _running.cache
     if cache is None:

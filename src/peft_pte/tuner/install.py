@@ -38,8 +38,6 @@ from ..seam import ATTRIBUTE, NO_ADAPTER, Generation, OuterCall, Seam
 
 _HOOKS = "_pte_hooks"
 _MANAGERS = ("init_continuous_batching", "continuous_batching_context_manager")
-_OWN_ARGUMENTS = {"prompt_length": "length", "evictions": "evictions"}
-"""What a call of the backbone alone may say too, and where it is noted."""
 _ROW_BY_ROW = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _GENERATION = ("generate", "generate_batch", "prepare_inputs_for_generation", *_MANAGERS)
 
@@ -124,17 +122,21 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**arguments, **arguments.pop("kwargs", {})}
         arguments.pop("self", None)
     adapter = seam.active_adapter()
-    own = {name: arguments[name] for name in _OWN_ARGUMENTS if name in arguments}
-    arguments = {name: value for name, value in arguments.items() if name not in own}
-    check_given(own.get("evictions"), adapter)
+    said: dict[str, Any] = {}
+    if "prompt_length" in arguments or "evictions" in arguments:
+        arguments = dict(arguments)
+        for name, place in (("prompt_length", "length"), ("evictions", "evictions")):
+            if arguments.get(name) is not None:
+                said[place] = arguments[name]
+            arguments.pop(name, None)
+        check_given(said.get("evictions"), adapter)
     if adapter is None:
         if isinstance(arguments.get("past_key_values"), PTECache):
             raise ValueError(NO_ADAPTER)
         return seam.inner(**arguments)
     outer = seam.calls.outer[-1] if seam.calls.outer else None
     spec = seam.calls.take()
-    given = {_OWN_ARGUMENTS[name]: value for name, value in own.items() if value is not None}
-    return run(seam, adapter, arguments, replace(spec, **given), outer)
+    return run(seam, adapter, arguments, replace(spec, **said) if said else spec, outer)
 
 
 def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +182,8 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     kwargs = dict(kwargs)
     seam: Seam = getattr(model, ATTRIBUTE)
     evictions = kwargs.pop("evictions", None)
-    check_given(evictions, seam.active_adapter())
+    if evictions is not None:
+        check_given(evictions, seam.active_adapter())
     spec = PromptSpec(
         named.get("labels"),
         named.get("shift_labels"),
