@@ -200,12 +200,17 @@ class RaggedLayer(ChoosingLayer):
         own = held if rows is None else held.index_select(0, rows)
         made = KeyValue(*(_scattered(old, new, place) for old, new in zip(mine, taken, strict=True)))
         own = own.scatter(1, place, positions.gather(2, source).flatten(1))
-        if rows is None:
-            self.line, self.line_positions = made, own
-        else:
-            self.line = KeyValue(*(old.index_copy(0, rows, new) for old, new in zip(line, made, strict=True)))
-            self.line_positions = held.index_copy(0, rows, own)
+        self._stand(rows, line, held, made, own)
         self._keep_observed(ending, rows, batch)
+
+    def _stand(
+        self, rows: Tensor | None, line: KeyValue, positions: Tensor, made: KeyValue, made_positions: Tensor
+    ) -> None:
+        """Let ``line`` stand, at ``positions``, but for ``rows [B']`` (``None``: all), which are ``made`` anew."""
+        if rows is not None:
+            made = KeyValue(*(old.index_copy(0, rows, new) for old, new in zip(line, made, strict=True)))
+            made_positions = positions.index_copy(0, rows, made_positions)
+        self.line, self.line_positions = made, made_positions
 
     def _line(self, like: KeyValue, batch: int) -> KeyValue:
         if self.line is not None and self.line.keys.shape[0] == batch:
@@ -275,11 +280,7 @@ class RaggedLayer(ChoosingLayer):
         place = torch.where(stays, starts[..., None] + column, spare).flatten(1)
         made = KeyValue(*(_scattered(old, new, place) for old, new in zip(mine, window.gather(source), strict=True)))
         own = own.scatter(1, place, at.gather(2, source).flatten(1))
-        if rows is None:
-            self.line, self.line_positions = made, own
-        else:
-            self.line = KeyValue(*(old.index_copy(0, rows, new) for old, new in zip(line, made, strict=True)))
-            self.line_positions = held.index_copy(0, rows, own)
+        self._stand(rows, line, held, made, own)
         return evicted
 
     def ready(self, step: Step, write: Tensor) -> None:
