@@ -152,11 +152,11 @@ class ChoosingLayer(ThoughtLayer):
 
     def evict(self, step: int, count: int, drop: int, departing: Departing) -> Evicted:
         """What leaves, ``E = m`` columns."""
-        window, positions = joined(self.recent), known(self.column_positions)
+        window, positions, choice = joined(self.recent), known(self.column_positions), known(departing.choice)
         observed = None if self.recent_observed is None else self.recent_observed.last(self.policy.observed)
         prompt = joined(self.prompt).keys if self.policy.observed and self.prompt else None
-        seen = self._seen(window, positions, observed, prompt, departing.prompt_mask)
-        chosen = self._chosen(seen, step, departing.recorded)
+        seen = self._seen(window, positions, observed, prompt, choice.prompt_mask)
+        chosen = self._chosen(seen, step, choice.recorded)
         order = (~chosen).long().argsort(dim=-1, stable=True)
         if departing.valid is not None:
             as_it_is = torch.arange(order.shape[-1], device=order.device)
@@ -164,7 +164,7 @@ class ChoosingLayer(ThoughtLayer):
         self.recent, self.column_positions = (window.gather(order),), positions.gather(2, order)
         evicted = super().evict(step, count, 0, departing)
         left = self.column_positions[..., :count]
-        due = [row for row, loses in enumerate(departing.due) if loses]
+        due = [row for row, loses in enumerate(choice.due) if loses]
         self._note(left[due], due)
         self.drop(drop)
         return evicted._replace(positions=left)

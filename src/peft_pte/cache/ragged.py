@@ -132,25 +132,25 @@ class RaggedLayer(ChoosingLayer):
 
     def evict(self, step: int, count: int, drop: int, departing: Departing) -> Evicted:
         """What leaves: as many columns as any head loses, of which each has its own."""
-        window, positions = joined(self.recent), known(self.column_positions)
+        window, positions, choice = joined(self.recent), known(self.column_positions), known(departing.choice)
         device, columns = positions.device, positions.shape[2]
-        numbers = departing.numbers.to(device)
+        numbers = choice.numbers.to(device)
         sizes = self.sizes(self.window + numbers * step)
         due = torch.ones_like(numbers, dtype=torch.bool)
         if departing.valid is not None:
             due = departing.valid[:, 0, 0].to(device)
-        lost, most = self._lost(numbers), self._most_lost(departing.first)
+        lost, most = self._lost(numbers), self._most_lost(choice.first)
         column = torch.arange(columns, device=device)
         there = column >= columns - sizes[..., None]
         observed = None if self.recent_observed is None else self.recent_observed.last(self.policy.observed)
         prompt = joined(self.prompt).keys if self.prompt else None
-        seen = self._seen(window, positions, observed, prompt, departing.prompt_mask, there)
-        chosen = self._chosen(seen, most, departing.recorded, lost)
+        seen = self._seen(window, positions, observed, prompt, choice.prompt_mask, there)
+        chosen = self._chosen(seen, most, choice.recorded, lost)
         order = (there.long() + (there & ~chosen)).argsort(dim=-1, stable=True)
         order = torch.where(due[:, None, None], order, column)
         self.recent, self.column_positions = (window.gather(order),), positions.gather(2, order)
         evicted = self._left(self.recent[0], self.column_positions, columns - sizes + lost, lost, most, due)
-        losing = [row for row, loses in enumerate(departing.due) if loses]
+        losing = [row for row, loses in enumerate(choice.due) if loses]
         self._note(_where_valid(evicted)[losing], losing)
         self.drop(drop)
         return evicted

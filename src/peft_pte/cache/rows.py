@@ -264,7 +264,9 @@ class Rows:
         over = None
         if running is not None:
             over = ~(running if rows is None else running.index_select(0, rows))
-        mask = self.prompt_mask if rows is None or self.prompt_mask is None else self.prompt_mask.index_select(0, rows)
+        mask = self.prompt_mask if self.observed else None
+        if mask is not None and rows is not None:
+            mask = mask.index_select(0, rows)
         first = min(self.bound[row] for row in evicting)
         return Leaving(
             rows,

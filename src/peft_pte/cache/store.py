@@ -100,13 +100,9 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Departing:
-    """What evictions take out of columns."""
+class Choice:
+    """What heads that choose are told of an eviction out of columns."""
 
-    positions: Tensor
-    """``[B, 1, E]``, absolute, of the oldest; heads that choose have their own."""
-    valid: Tensor | None
-    """``[B, 1, E]``, False where a row loses nothing; ``None``: all do."""
     prompt_mask: Tensor | None
     """``[B, P]``, False where their prompts do not use a slot; ``None``: all do."""
     numbers: Tensor
@@ -117,6 +113,18 @@ class Departing:
     """Which rows lose anything, as the host knows it."""
     recorded: Recorded | None
     """What is to leave; ``None``: what the policy gives up."""
+
+
+@dataclass(frozen=True)
+class Departing:
+    """What evictions take out of columns."""
+
+    positions: Tensor
+    """``[B, 1, E]``, absolute, of the oldest; heads that choose have their own."""
+    valid: Tensor | None
+    """``[B, 1, E]``, False where a row loses nothing; ``None``: all do."""
+    choice: Choice | None
+    """``None``: nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Leaving:
     written: Tensor
     """``[B']``, thoughts that they have written."""
     prompt_mask: Tensor | None
-    """``[B', P]``, False where their prompts do not use a slot; ``None``: all do."""
+    """``[B', P]``, False where their prompts do not use a slot; ``None``: all do, or no queries are looked at."""
     first: int
     """Evictions before this one of the row that had fewest, as far as the host knows."""
     places: tuple[int, ...]
@@ -492,7 +500,7 @@ def known(part: Part | None) -> Part:
         RuntimeError: It is not there.
     """
     if part is None:
-        raise RuntimeError("This cache layer knows no positions: nothing was written to it yet.")
+        raise RuntimeError("This cache layer lacks what it needs: nothing was written to it yet.")
     return part
 
 

@@ -70,10 +70,7 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
             return
         prefix = "eval_pte/" if any(name.startswith("eval_") for name in logs) else "pte/"
         figures = find_seam(kwargs["model"]).statistics.drain()
-        named = {prefix + name: value for name, value in figures.items()}
-        logs.update(named)
-        if state.log_history:
-            state.log_history[-1].update(named)
+        _add(logs, state, {prefix + name: value for name, value in figures.items()})
 
 
 class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
@@ -150,11 +147,8 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
         memory = find_seam(kwargs["model"]).memory
         if logs is None or memory is None or not memory.asked:
             return
-        share = {"pte/recorded_rows": memory.found / memory.asked}
+        _add(logs, state, {"pte/recorded_rows": memory.found / memory.asked})
         memory.asked = memory.found = 0
-        logs.update(share)
-        if state.log_history:
-            state.log_history[-1].update(share)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +163,12 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
         seam = find_seam(kwargs["model"])
         if seam.memory is None:
             self.begin(kwargs["model"])
+
+
+def _add(logs: dict[str, Any], state: TrainerState, figures: dict[str, Any]) -> None:
+    logs.update(figures)
+    if state.log_history:
+        state.log_history[-1].update(figures)
 
 
 def find_seam(model: nn.Module) -> Seam:

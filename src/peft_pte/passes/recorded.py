@@ -59,12 +59,11 @@ def check_evictions(evictions: Evictions, cache: PTECache, turn: Turn | None, po
         )
     if evictions.batch != batch:
         raise ValueError(f"`evictions` must be of {batch} rows, got {evictions.batch}. {_REMEDY}")
-    for index, part in evictions.layers.items():
-        layer = choosing[index]
-        _check_numbers(part, evictions.counts, layer, step)
-    _check_lengths(evictions, turn)
+    known = evictions.counts
+    _check_numbers([_miscounted(part, known, choosing[index], step) for index, part in evictions.layers.items()])
+    counts: list[int] = known.tolist()
+    _check_lengths(counts, turn)
     _check_positions(evictions, turn, positions, window, step)
-    counts = evictions.counts.tolist()
     return all(count >= _evictions(thoughts, turn) for count, thoughts in zip(counts, turn.thoughts, strict=True))
 
 
@@ -72,8 +71,18 @@ def _evictions(thoughts: int, turn: Turn) -> int:
     return evictions_before(thoughts - 1, turn.clocks.window, turn.clocks.step) if thoughts else 0
 
 
-def _check_numbers(part: Tensor, counts: Tensor, layer: ChoosingLayer, step: int) -> None:
-    """Refuse a record ``[B, E, G, m]`` in which a head of a layer loses more or less than it does at one of ``counts [B]`` evictions."""
+def _check_numbers(wrong: list[Tensor]) -> None:
+    device = wrong[0].device
+    for index, there in enumerate(torch.stack([part.to(device) for part in wrong]).tolist()):
+        if there:
+            raise ValueError(
+                "`evictions` must hold what each head loses at an eviction, and in the bounded layer "
+                f"{index} (counted from 0) hold more or less. {_REMEDY}"
+            )
+
+
+def _miscounted(part: Tensor, counts: Tensor, layer: ChoosingLayer, step: int) -> Tensor:
+    """Whether in a record ``[B, E, G, m]`` a head of a layer loses more or less than it does at one of ``counts [B]`` evictions."""
     number = torch.arange(part.shape[1], device=part.device)
     lost: Any = step
     if isinstance(layer, RaggedLayer) and part.shape[1]:
@@ -84,16 +93,11 @@ def _check_numbers(part: Tensor, counts: Tensor, layer: ChoosingLayer, step: int
         table = torch.tensor([lost for lost, _ in layer.clock.table], device=part.device)
         lost = table[number.clamp(max=len(table) - 1)]
     known = number < counts[:, None].to(part.device)
-    wrong = ((part >= 0).sum(dim=3) != lost) & known[:, :, None]
-    if bool(wrong.any()):
-        raise ValueError(
-            f"`evictions` must hold what each head loses at an eviction, {step} thoughts but where heads share a window, and in layer {layer.index} "
-            f"hold more or less. {_REMEDY}"
-        )
+    return (((part >= 0).sum(dim=3) != lost) & known[:, :, None]).any()
 
 
-def _check_lengths(evictions: Evictions, turn: Turn) -> None:
-    for row, (count, thoughts) in enumerate(zip(evictions.counts.tolist(), turn.thoughts, strict=True)):
+def _check_lengths(counts: list[int], turn: Turn) -> None:
+    for row, (count, thoughts) in enumerate(zip(counts, turn.thoughts, strict=True)):
         # What would leave for the last token, no token that is scored comes behind: `generate` never feeds it.
         needed = _evictions(thoughts - 1, turn) if thoughts else 0
         if 0 < count < needed:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ..cache.cache import PTECache, check_cache
 from ..cache.rows import Rows
-from ..cache.store import Departing
+from ..cache.store import Choice, Departing
 from ..eviction.records import Evictions
 from ..seam import Generation, OuterCall, Seam
 from .block import Pass, Work, running
@@ -335,12 +335,12 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
         if turn.evicts(chunk):
             due = turn.due(chunk)
             valid = None if due is None else due.repeat_interleave(turn.clocks.step, dim=1)[:, None]
-            numbers = turn.numbers(chunk)
-            recorded = None if run.evictions is None else at_eviction(run.evictions, numbers, run.complete)
-            leave = held[:, None, : chunk.evictions * turn.clocks.step]
-            departing = Departing(
-                leave, valid, rows.prompt_mask, numbers, turn.first(chunk), turn.loses(chunk), recorded
-            )
+            choice = None
+            if not cache.policy.uniform:
+                numbers = turn.numbers(chunk)
+                recorded = None if run.evictions is None else at_eviction(run.evictions, numbers, run.complete)
+                choice = Choice(rows.prompt_mask, numbers, turn.first(chunk), turn.loses(chunk), recorded)
+            departing = Departing(held[:, None, : chunk.evictions * turn.clocks.step], valid, choice)
         stop = chunk.stop - plan.start
         thoughts = positions[:, stop - chunk.thoughts : stop]
         held = torch.cat([held[:, chunk.drop :], thoughts], dim=1)
