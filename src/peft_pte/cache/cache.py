@@ -346,6 +346,8 @@ class PTECache(Cache):
             return False
         for count, back in zip(rows.bound, thoughts, strict=True):
             kept = count - back
+            if self._evictions_of(kept) != self._evictions_of(count):
+                return False
             window, step = rows.window, rows.step
             written = 0 if is_due(kept, window, step) else until_due(kept, window, step)
             if back and written < self.policy.observed:
