@@ -23,11 +23,11 @@ BIN = 0.5
 """Width of a bin of the curve over distance, in windows."""
 
 
-def buckets(traces: Traces, window: int, evict: int, layers: int) -> dict[str, Tensor]:
+def buckets(traces: Traces, window: int, evict: int, layers: int, far: int | None = None) -> dict[str, Tensor]:
     """Which facts ``[B, F]`` are asked for at what distance.
 
     ``beyond_relay`` is the honest one: further than layers x window, no kept token can have heard of the fact from one
-    that had. It overlaps the others; the four before it do not overlap.
+    that had (or further than ``far``, to compare windows by the same facts). It overlaps the others; the four before it do not overlap.
     """
     distance = traces.distance
     here = held(traces.stated, traces.asked, window, evict)
@@ -38,12 +38,14 @@ def buckets(traces: Traces, window: int, evict: int, layers: int) -> dict[str, T
         "1.5_to_2.5": (windows > 1.5) & (windows <= 2.5),
         "over_2.5": windows > 2.5,
         "evicted": ~here,
-        "beyond_relay": distance > layers * window,
+        "beyond_relay": distance > (layers * window if far is None else far),
     }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, length: int, batch: int, window: int, evict: int, layers: int) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, length: int, batch: int, window: int, evict: int, layers: int, far: int | None = None
+) -> dict[str, Any]:
     """Recall of ``model`` on ``batch`` traces of ``length`` thoughts, by bucket and by distance in half windows."""
     device = next(model.parameters()).device
     traces = make_traces(batch, length, torch.Generator().manual_seed(EVALUATION_SEED + length))
@@ -62,7 +64,8 @@ def evaluate(model: nn.Module, length: int, batch: int, window: int, evict: int,
     return {
         "length": length,
         "traces": batch,
-        "buckets": {name: share(hits[chosen]) for name, chosen in buckets(traces, window, evict, layers).items()},
+        "buckets": {name: share(hits[chosen]) for name, chosen in buckets(traces, window, evict, layers, far).items()},
+        "all": share(hits),
         "by_distance": [
             {"up_to_windows": BIN * int(index), **share(hits[bins == index])} for index in bins.unique().tolist()
         ],

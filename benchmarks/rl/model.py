@@ -42,8 +42,11 @@ def hits(logits: Tensor, problems: Problems) -> tuple[Tensor, Tensor]:
     return right, right[:, problems.recalled + 1]
 
 
-def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausalLM:
-    """SFT with a full cache on solutions, loss on completions.
+Stages = tuple[tuple[int, int, int], ...]
+
+
+def train_base(seed: int, layers: int = 2, device: str = "cpu", stages: Stages = STAGES) -> LlamaForCausalLM:
+    """SFT with a full cache on solutions, loss on completions; ``stages`` are (steps of a problem, questions, most steps of training).
 
     Raises:
         RuntimeError: It does not recall 97 % of the states of the longest problems.
@@ -53,9 +56,9 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
     generator = torch.Generator().manual_seed(1000 + seed)
     training = Training(model.parameters(), rise=50, decay=DECAY_STEPS, floor=0.1, weight_decay=0.01, betas=(0.9, 0.98))
     done, began = 0, time.perf_counter()
-    for steps, asked, most in STAGES:
+    for steps, asked, most in stages:
         recent: deque[tuple[float, float]] = deque(maxlen=25)
-        last = (steps, asked, most) == STAGES[-1]
+        last = (steps, asked, most) == stages[-1]
         for _ in range(most):
             problems = make_problems(BATCH_TOKENS // (5 * steps + 3 * asked + 5), steps, asked, generator)
             output = model(problems.input_ids().to(device), labels=problems.labels().to(device), use_cache=False)
@@ -73,7 +76,7 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
             if len(recent) == recent.maxlen and mean > GOOD_ENOUGH and fluent:
                 break
     model.eval()
-    if (right := solved(model, seed)) < ENOUGH:
+    if (right := solved(model, seed, stages=stages)) < ENOUGH:
         raise RuntimeError(
             f"The base model answers {right:.1%} of the questions with a full cache, which is too few to measure a bounded "
             "one with. Train it longer (STAGES in benchmarks/rl/model.py)."
@@ -82,9 +85,9 @@ def train_base(seed: int, layers: int = 2, device: str = "cpu") -> LlamaForCausa
 
 
 @torch.no_grad()
-def solved(model: LlamaForCausalLM, seed: int, batch: int = 256) -> float:
+def solved(model: LlamaForCausalLM, seed: int, batch: int = 256, stages: Stages = STAGES) -> float:
     """Share of questions answered right with a full cache, by greedy decoding."""
-    steps, asked, _ = STAGES[-1]
+    steps, asked, _ = stages[-1]
     problems = make_problems(batch, steps, asked, torch.Generator().manual_seed(5000 + seed))
     tokens = problems.completion_ids.shape[1]
     ids = model.generate(problems.prompt_ids.to(model.device), max_new_tokens=tokens, do_sample=False)
@@ -93,6 +96,8 @@ def solved(model: LlamaForCausalLM, seed: int, batch: int = 256) -> float:
     return sum(rewards) / len(rewards)
 
 
-def base_model(seed: int, layers: int = 2, device: str = "cpu", folder: Path = CHECKPOINTS) -> LlamaForCausalLM:
+def base_model(
+    seed: int, layers: int = 2, device: str = "cpu", folder: Path = CHECKPOINTS, stages: Stages = STAGES
+) -> LlamaForCausalLM:
     """The base model of ``seed``, from ``folder`` if it is there."""
-    return kept(folder / f"base-{layers}-layers-seed-{seed}", lambda: train_base(seed, layers, device), device)
+    return kept(folder / f"base-{layers}-layers-seed-{seed}", lambda: train_base(seed, layers, device, stages), device)

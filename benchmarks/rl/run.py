@@ -79,7 +79,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     """Write ``result`` to ``folder``, one line per number list."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['name']}-seed-{result['seed']}.json"
-    path.write_text(json.dumps(_rounded(result), allow_nan=False).replace('}, "', '},\n "') + "\n")
+    path.write_text(json.dumps(rounded(result), allow_nan=False).replace('}, "', '},\n "') + "\n")
     return path
 
 
@@ -99,9 +99,9 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -31,7 +31,8 @@ def make_prompts_data(copies=8):
 def make_trl_base(family="llama", seed=0):
     torch.manual_seed(seed)
     # An end of sequence that random models sample now and then: completions of different lengths.
-    base = make_base(family, eos_token_id=1, attn_implementation="sdpa")
+    attention = "eager" if family == "gemma2" else "sdpa"
+    base = make_base(family, eos_token_id=1, attn_implementation=attention)
     base.generation_config.eos_token_id = 1
     base.generation_config.pad_token_id = 0
     return base

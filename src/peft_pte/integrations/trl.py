@@ -1,7 +1,10 @@
-"""What TRL's trainers (and transformers' own) log about a PTE run, and how what leaves in a rollout leaves again in its scoring."""
+"""Callbacks for trainers of TRL (and transformers' own): logs, evictions of a rollout that are scored as they were, windows that are drawn."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -165,6 +168,100 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
             self.begin(kwargs["model"])
 
 
+class WindowRange(TrainerCallback):  # type: ignore[misc]
+    """Draws the window of every training batch, so that one adapter serves many windows and the full cache.
+
+    An adapter that is trained at one window knows that one. Works in any trainer: those that roll out draw when they generate, and score what was
+    generated under the window that it was generated in; the others draw at every optimizer step. Every process draws the same. Evaluations,
+    checkpoints and what comes after the training have the window of the config::
+
+        trainer = SFTTrainer(model=base, peft_config=PTEConfig(cache_window=1024, ...), ...)
+        WindowRange.attach(trainer, [768, 1024, 2048, None])
+        trainer.train()
+
+    Args:
+        windows: Of thoughts; ``None`` is the full cache. One that is listed twice is drawn twice as often.
+        batches: Micro-batches for which a window holds: those of one rollout.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: There are no windows, or one of them is none for the adapter's config.
+    """
+
+    def __init__(self, windows: Sequence[int | None], batches: int, seed: int = 0) -> None:
+        if not windows:
+            raise ValueError(
+                "`windows` must not be empty. Use e.g. [768, 1024, None]; without a range leave the callback out."
+            )
+        if batches < 1:
+            raise ValueError(
+                f"`batches` must be at least 1, got {batches}. Use the micro-batches of a rollout, or of a step."
+            )
+        self.windows, self.batches, self.seed = list(windows), batches, seed
+        self._done = self._part = 0
+        self._drawn: int | None = None
+        self._own: dict[str, int | None] = {}
+
+    @classmethod
+    def attach(cls, trainer: Any, windows: Sequence[int | None]) -> WindowRange:
+        """Add the callback to ``trainer``.
+
+        Args:
+            trainer: A ``transformers.Trainer`` or a trainer of TRL.
+            windows: See above.
+
+        Returns:
+            The callback.
+
+        Raises:
+            ValueError: The model has no PTE adapter, or see above.
+        """
+        args = trainer.args
+        rollout: Any = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+        callback = cls(windows, int(rollout) * int(getattr(args, "num_iterations", None) or 1), args.seed)
+        seam = find_seam(trainer.model)
+        for window in callback.windows:
+            dataclasses.replace(seam.config(seam.require_adapter()), cache_window=window)
+        trainer.add_callback(callback)
+        return callback
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin at a rollout, also where a training is taken up again: trainers do."""
+        self._done = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw, or go on with what was drawn for this rollout."""
+        self._part = 0
+        self._set(kwargs["model"], state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The next micro-batch of the same step."""
+        self._done, self._part = self._done + 1, self._part + 1
+        self._set(kwargs["model"], state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give the config its own window back."""
+        self._done += 1
+        for name, window in self._own.items():
+            find_seam(kwargs["model"]).config(name).cache_window = window
+        self._own = {}
+
+    def _set(self, model: nn.Module, state: TrainerState) -> None:
+        seam = find_seam(model)
+        name = seam.require_adapter()
+        config = seam.config(name)
+        self._own.setdefault(name, config.cache_window)
+        if self._done % self.batches == 0:
+            self._drawn = random.Random(f"{self.seed} {state.global_step} {self._part}").choice(self.windows)
+        config.cache_window = self._drawn
+
+
 def _add(logs: dict[str, Any], state: TrainerState, figures: dict[str, Any]) -> None:
     logs.update(figures)
     if state.log_history:
@@ -189,7 +286,7 @@ def find_seam(model: nn.Module) -> Seam:
     seam = Seam.of(inner)
     if seam is None:
         raise ValueError(
-            f"`model` must carry a PTE adapter for this callback, got {type(inner).__name__} without one. Give the trainer "
-            "peft_config=PTEConfig(...), or leave the callback out."
+            f"`model` must carry a PTE adapter, got {type(inner).__name__} without one. Give the trainer "
+            "peft_config=PTEConfig(...), or leave out what is made for it."
         )
     return seam

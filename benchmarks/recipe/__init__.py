@@ -1,0 +1,1 @@
+"""Distil, then reinforce: what each step buys on two small tasks (docs/evidence.md)."""

@@ -1,0 +1,304 @@
+"""On-policy self-distillation with TRL: the bounded student learns from its own weights, adapter off, on their full cache.
+
+No labels, no second model: the student writes, the base model on its full cache says at every token what it would have written next, and the
+student follows, by the generalised Jensen-Shannon divergence of *On-Policy Distillation of Language Models* (arXiv 2306.13649), in chunks over the
+vocabulary (TRL's). Others begin so before they reinforce under a small cache (Sparrow, arXiv 2606.08446; DMS, arXiv 2506.05345).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer, is_conversational
+
+from .fidelity import Fidelity, fidelity, windows_of
+from .trl import find_seam
+
+
+@dataclass
+class SelfDistillationConfig(DistillationConfig):  # type: ignore[misc]
+    """TRL's ``DistillationConfig``, and whose text is learned from; the two new fields are named as in TRL's GKD.
+
+    ``beta`` is the divergence, as there: 0 forward KL (from the full cache to the bounded one), 1 reverse KL, between them their mixture.
+
+    Raises:
+        ValueError: ``lmbda`` is not from 0 to 1.
+    """
+
+    beta: float = field(
+        default=1.0, metadata={"help": "0: forward KL, 1: reverse KL (the default here), between: a mixture."}
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of batches that the student writes itself, under its bounded cache. The others are off-policy: to start with, or with text."
+        },
+    )
+    seq_kd: bool = field(
+        default=False,
+        metadata={
+            "help": "Off-policy batches: True, the teacher writes them on its full cache; False, the `completion` column of the data set is taken."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(
+                f"`lmbda` must be from 0 to 1, got {self.lmbda}. It is the share of batches that the student writes: use 1.0, or less to start with."
+            )
+        if self.use_vllm:
+            raise ValueError(
+                "`use_vllm` must be False: weights per sequence cannot be merged for vLLM. Leave it out, and let transformers generate."
+            )
+
+
+class FullCacheTeacher(nn.Module):
+    """The base model of an adapted one on its full cache: the same weights, adapters off, in evaluation mode. It owns no parameter.
+
+    Args:
+        model: The adapted model. It is not registered as a child, so that what is done to a teacher is not done to the student.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        # A tuple, because a module that is assigned becomes a child.
+        self._models: tuple[PeftModel, Any] = (model, find_seam(model).model)
+
+    @property
+    def _shared(self) -> Any:
+        return self._models[1]
+
+    @property
+    def config(self) -> Any:
+        """That of the base model."""
+        return self._shared.config
+
+    @property
+    def base_model(self) -> FullCacheTeacher:
+        """Where TRL looks for the backbone: a call of the teacher is one of its backbone."""
+        return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head of the base model, which a trained copy (``modules_to_save``) does not replace."""
+        head: nn.Module = self._shared.get_output_embeddings()
+        return head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block, the shared model is the teacher."""
+        training = [module for module in self._shared.modules() if module.training]
+        self._shared.eval()
+        try:
+            with self._models[0].disable_adapter():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def forward(self, attention_mask: Tensor, **kwargs: Any) -> Any:
+        """What the backbone gives, adapters off, on a full cache.
+
+        Args:
+            attention_mask: ``[B, N]``.
+            kwargs: What else TRL gives to a backbone.
+        """
+        backbone = self._shared.base_model
+        if "position_ids" in inspect.signature(backbone.forward).parameters and "pixel_values" not in kwargs:
+            # TRL gives none, and padding in front of a row would count as positions.
+            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        with self.in_place():
+            return backbone(attention_mask=attention_mask, **kwargs)
+
+
+class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
+    """TRL's ``DistillationTrainer`` whose teacher is the model itself on its full cache.
+
+    Beyond TRL's it logs, at every step that is logged, how near the bounded policy is to the full cache on the tokens of the batch
+    (:func:`peft_pte.integrations.fidelity.fidelity`): ``pte/ratio_p5``, the 5th percentile over tokens of their probability in the bounded cache
+    over that in the full one (Sparrow, arXiv 2606.08446), and ``pte/kl_...``, reverse KL in nats per token, by how much had left the window.
+
+    Args:
+        model: A causal LM, with ``peft_config``; or an adapted one.
+        args: The settings.
+        train_dataset: A column ``prompt``; with ``lmbda < 1`` and no ``seq_kd``, ``completion`` too. Text or messages.
+        eval_dataset: As TRL's. Evaluated on what the student writes.
+        processing_class: The tokenizer.
+        callbacks: As TRL's.
+        optimizers: As TRL's.
+        peft_config: A ``PTEConfig``, with ``prompt_end``: the loss shows no labels.
+        tools: As TRL's.
+
+    Raises:
+        ValueError: The model has no PTE adapter, or its prompts would have no end, or a column is missing.
+    """
+
+    _tag_names = ["trl", "peft-pte", "self-distillation"]  # noqa: RUF012
+    _name = "SelfDistillation"
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SelfDistillationConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
+    ) -> None:
+        if args.lmbda < 1 and not args.seq_kd:
+            if tools:
+                raise ValueError(
+                    "`tools` would be called on completions that are given. Let the teacher write what the student does not: seq_kd=True."
+                )
+            names = getattr(train_dataset, "column_names", None) or []
+            if "completion" not in names:
+                raise ValueError(
+                    f"`train_dataset` must have a column `completion` for the batches that the student does not write (lmbda={args.lmbda}), got "
+                    f"{names}. Add it, or let the teacher write them: seq_kd=True."
+                )
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        student = self.accelerator.unwrap_model(self.model)
+        seam = find_seam(student)
+        adapter = seam.active_adapter()
+        config = None if adapter is None else seam.config(adapter)
+        if config is not None and config.prompt_end is None:
+            raise ValueError(
+                "`prompt_end` of the adapter's config must say where thinking starts: distillation scores without labels. Use "
+                "PTEConfig(prompt_end=peft_pte.prompt_end(tokenizer)), or an int for text without prompts."
+            )
+        self.teacher_model = FullCacheTeacher(student)
+        self._rows: list[dict[str, Any]] = []
+        self._hidden: list[Tensor] | None = None
+        self._measured: Fidelity | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        if "completion" not in columns:
+            self._signature_columns = [*columns, "completion"]
+
+    def _writes_itself(self) -> bool:
+        """Whether the student writes the batch that is made now; every process says the same."""
+        if not self.model.training:
+            return True
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}").random()
+        return bool(draw < self.args.lmbda)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        finally:
+            self._rows = []
+        return batch
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        if not self._writes_itself() and not self.args.seq_kd:
+            return [self._given_completion(row, ids) for row, ids in zip(self._rows, prompt_ids, strict=True)]
+        teacher = contextlib.nullcontext() if self._writes_itself() else self.teacher_model.in_place()
+        with teacher:
+            written: list[list[int]] = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return written
+
+    def _given_completion(self, row: dict[str, Any], prompt_ids: list[int]) -> list[int]:
+        """The tokens of a row's ``completion``, ended where text is complete, cut to ``max_completion_length``.
+
+        Raises:
+            ValueError: The chat template renders the prompt otherwise once it is answered.
+        """
+        if is_conversational(row):
+            rendered = self.processing_class.apply_chat_template(
+                [*row["prompt"], *row["completion"]],
+                tokenize=True,
+                return_dict=True,
+                chat_template=self.chat_template,
+                **self.chat_template_kwargs,
+            )["input_ids"]
+            if rendered[: len(prompt_ids)] != prompt_ids:
+                raise ValueError(
+                    "The chat template renders a prompt otherwise once it is answered, so its `completion` cannot be told apart. Give `prompt` and "
+                    "`completion` as text, or let the teacher write: seq_kd=True."
+                )
+            ids = rendered[len(prompt_ids) :]
+        else:
+            ids = self.processing_class(text=row["completion"], add_special_tokens=False)["input_ids"]
+            if not ids or ids[-1] not in self.eos_token_ids:
+                ids = [*ids, self._tokenizer.eos_token_id]
+        return list(ids[: self.max_completion_length])
+
+    # What the two backbones gave, kept from one to the other end of a loss that is logged.
+
+    def _get_last_hidden_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = super()._get_last_hidden_state(*args, **kwargs)
+        if self._hidden is not None:
+            self._hidden.append(hidden.detach())
+        return hidden
+
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        logs = not self.model.training or (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
+        self._hidden = [] if logs else None
+        try:
+            result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            self._measured = self._fidelity(unwrapped_student, inputs) if self._hidden else None
+        finally:
+            self._hidden = None
+        return result
+
+    def _fidelity(self, student: PeftModel, inputs: dict[str, Any]) -> Fidelity | None:
+        completion = inputs["completion_ids"]
+        counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        chosen = counted.bool()
+        if self._hidden is None or not bool(chosen.any()):
+            return None
+        ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        seam = find_seam(student)
+        windows = windows_of(seam.config(seam.require_adapter()), ids, mask, completion.shape[1])
+        bounded, full = (hidden[chosen.to(hidden.device)] for hidden in self._hidden)
+        return fidelity(
+            (bounded, full),
+            (student.get_output_embeddings(), self.teacher_model.get_output_embeddings()),
+            completion[chosen],
+            windows[chosen],
+            student.config.get_text_config(),
+            self.temperature,
+        )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's, and the figures of its tokens where it is logged."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        measured, self._measured = self._measured, None
+        if measured is not None:
+            mode = "train" if self.model.training else "eval"
+            for name, figure in measured.figures().items():
+                # Of every process; TRL leaves NaN out of its means.
+                self._metrics[mode][f"pte/{name}"].append(figure.item())
+        return loss
