@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,9 +16,11 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 import peft_pte
+from peft_pte import PTEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -65,6 +68,65 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
+
+
+ADAPTER: dict[str, Any] = {
+    "cache_window": 24,
+    "rank": 16,
+    "num_global_tokens": 16,
+    "state_update": "progressive",
+    "state_address": "key",
+    "encoder_attention": "linear",
+}
+"""What an adapter is, where the command line does not say so."""
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained: a fresh adapter of these fields, or one that was trained before."""
+    add = parser.add_argument
+    add("--adapter", type=Path, help="go on from this adapter (of examples/distill.py, say), which has its own fields")
+    add("--cache-window", type=int, help="thoughts the cache holds")
+    add("--rank", type=int)
+    add("--num-global-tokens", type=int)
+    add("--state-update", choices=["progressive", "frozen", "off"], help="PTE or its ablations")
+    add("--state-address", choices=["key", "value"], help="what a token that left is found by")
+    add("--encoder-attention", choices=["linear", "softmax", "slots"], help="docs/evidence.md")
+
+
+def complete_adapter_options(args: argparse.Namespace) -> None:
+    """Fill in what was left open, by the defaults or by the config of ``--adapter``.
+
+    Raises:
+        ValueError: A field is given beside ``--adapter``.
+    """
+    given = [name for name in ADAPTER if getattr(args, name) is not None]
+    known = dict(ADAPTER)
+    if args.adapter is not None:
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise ValueError(f"`{option}` must be left out with --adapter, which has its own. Drop one of the two.")
+        config = PTEConfig.from_pretrained(str(args.adapter))
+        known = {name: getattr(config, "r" if name == "rank" else name) for name in ADAPTER}
+    for name, value in known.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def adapt(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """``model`` and ``peft_config`` for a trainer: a fresh adapter, or the one of ``--adapter``, to be trained on."""
+    if args.adapter is not None:
+        return {"model": PeftModel.from_pretrained(model, str(args.adapter), is_trainable=True)}
+    config = PTEConfig(
+        task_type="CAUSAL_LM",
+        r=args.rank,
+        num_global_tokens=args.num_global_tokens,
+        cache_window=args.cache_window,
+        prompt_end=peft_pte.prompt_end(tokenizer),
+        state_update=args.state_update,
+        state_address=args.state_address,
+        encoder_attention=args.encoder_attention,
+    )
+    return {"model": model, "peft_config": config}
 
 
 def make_task(name: str, config: str, size: int, seed: int) -> Any:

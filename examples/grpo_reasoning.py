@@ -9,7 +9,8 @@ paper uses 1e-5 for serious runs, which are the same script with other arguments
         --temperature 1.0 --learning-rate 1e-5 --max-steps 1000 --micro-batch 4 --batch 64 --num-generations 8 \
         --rank 32 --num-global-tokens 32
 
-An interrupted run continues from its last checkpoint with `--resume`.
+An interrupted run continues from its last checkpoint with `--resume`. To distil first, as examples/distill.py does, and go on from there:
+`--adapter outputs/distill`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import SMOLLM2, ask, load_model, log_full_cache, make_task, processes, verify
+from common import (
+    SMOLLM2,
+    adapt,
+    add_adapter_options,
+    ask,
+    complete_adapter_options,
+    load_model,
+    log_full_cache,
+    make_task,
+    processes,
+    verify,
+)
 from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import GRPOConfig, GRPOTrainer
-
-from peft_pte import PTEConfig, prompt_end
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,14 +57,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-completion-length", type=int, default=96, help="tokens")
     add("--min-thought", type=int, default=48, help="tokens; an answer after fewer is not rewarded")
     add("--temperature", type=float, default=0.7)
+    add(
+        "--beta",
+        type=float,
+        default=0.0,
+        help="weight of the KL: to the base on its full cache, or to --adapter as it came",
+    )
     add("--learning-rate", type=float, default=2e-4)
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute by segment")
-    add("--cache-window", type=int, default=24, help="thoughts the cache holds")
-    add("--rank", type=int, default=16)
-    add("--num-global-tokens", type=int, default=16)
-    add("--state-update", default="progressive", choices=["progressive", "frozen", "off"], help="PTE or its ablations")
-    add("--state-address", default="key", choices=["key", "value"], help="what a token that left is found by")
-    add("--encoder-attention", default="linear", choices=["linear", "softmax", "slots"], help="docs/evidence.md")
+    add_adapter_options(parser)
     add("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -62,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     usual = {"max_steps": 20, "batch": 8, "micro_batch": 8, "num_generations": 4}
     for name, value in (small if args.short else usual).items():
         setattr(args, name, getattr(args, name) or value)
+    complete_adapter_options(args)
     return args
 
 
@@ -94,17 +106,7 @@ def main() -> None:
     rows = [{"prompt": ask(entry["question"]), "problem": index} for index, entry in enumerate(task)]
 
     trainer = GRPOTrainer(
-        model=model,
-        peft_config=PTEConfig(
-            task_type="CAUSAL_LM",
-            r=args.rank,
-            num_global_tokens=args.num_global_tokens,
-            cache_window=args.cache_window,
-            prompt_end=prompt_end(tokenizer),
-            state_update=args.state_update,
-            state_address=args.state_address,
-            encoder_attention=args.encoder_attention,
-        ),
+        **adapt(model, tokenizer, args),
         reward_funcs=make_reward(task, model, tokenizer, args.min_thought),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -116,6 +118,7 @@ def main() -> None:
             num_generations=args.num_generations,
             max_completion_length=args.max_completion_length,
             temperature=args.temperature,
+            beta=args.beta,
             learning_rate=args.learning_rate,
             lr_scheduler_type="constant",
             # TRL casts the whole model, adapter included, before it refills rows with `bf16`: the base has its dtype already.

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SMOLLM2, ask, load_model, make_task, processes, verify
+from common import (
+    SMOLLM2,
+    adapt,
+    add_adapter_options,
+    ask,
+    complete_adapter_options,
+    load_model,
+    make_task,
+    processes,
+    verify,
+)
 from datasets import Dataset
 from report import prepare_output, train, write_report
 from trl import SFTConfig, SFTTrainer
-
-from peft_pte import PTEConfig, prompt_end
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,12 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--micro-batch", type=int, help="rows that are scored together; must divide --batch")
     add("--learning-rate", type=float, default=1e-3)
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute by segment")
-    add("--cache-window", type=int, default=24, help="thoughts the cache holds")
-    add("--rank", type=int, default=16)
-    add("--num-global-tokens", type=int, default=16)
-    add("--state-update", default="progressive", choices=["progressive", "frozen", "off"], help="PTE or its ablations")
-    add("--state-address", default="key", choices=["key", "value"], help="what a token that left is found by")
-    add("--encoder-attention", default="linear", choices=["linear", "softmax", "slots"], help="docs/evidence.md")
+    add_adapter_options(parser)
     add("--report-to", default="none", help="tensorboard, wandb, trackio, ...")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -52,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     usual = {"max_steps": 30, "batch": 8, "micro_batch": 8, "held_out": 24}
     for name, value in (small if args.short else usual).items():
         setattr(args, name, getattr(args, name) or value)
+    complete_adapter_options(args)
     return args
 
 
@@ -100,17 +104,7 @@ def main() -> None:
     ]
 
     trainer = SFTTrainer(
-        model=model,
-        peft_config=PTEConfig(
-            task_type="CAUSAL_LM",
-            r=args.rank,
-            num_global_tokens=args.num_global_tokens,
-            cache_window=args.cache_window,
-            prompt_end=prompt_end(tokenizer),
-            state_update=args.state_update,
-            state_address=args.state_address,
-            encoder_attention=args.encoder_attention,
-        ),
+        **adapt(model, tokenizer, args),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         args=SFTConfig(

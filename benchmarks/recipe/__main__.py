@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from ..machine import ROOT
-from .run import RESULTS, name_of, run, save, summary
-from .tasks import TASKS
+from .run import RESULTS, TASKS, name_of, run, save, summary
 from .train import ARMS, Settings, Stage
 
 RATES = {"supervise": 6e-3, "distil": 6e-3, "grpo": 3e-4}

@@ -13,13 +13,15 @@ from ..machine import plain, provenance
 from ..memory.evaluate import swapped_evictions
 from ..rl.run import rounded
 from ..small import digest
-from .tasks import TASKS
+from .notes import Notes
+from .tasks import Memory, Permutation, Task
 from .train import Settings, adapt, run_stage
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COUNT = {"permutation": 1024, "memory": 512}
+TASKS: dict[str, Task] = {task.name: task for task in (Permutation(), Memory(), Notes())}
+COUNT = {"permutation": 1024, "memory": 512, "notes": 32}
 """Sequences of an evaluation."""
-PROBED = {"permutation": 512, "memory": 128}
+PROBED = {"permutation": 512, "memory": 128, "notes": 8}
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,12 @@ def run(
 
     def probe(step: int) -> None:
         found = task.evaluate(model, trained_at, PROBED[task.name])
-        result["curve"].append({"step": done + step, **{name: share["accuracy"] for name, share in found.items()}})
+        result["curve"].append(
+            {
+                "step": done + step,
+                **{name: share["accuracy"] for name, share in found.items() if isinstance(share, dict)},
+            }
+        )
         log.info("%s seed %d step %d %s", result["name"], seed, done + step, result["curve"][-1])
 
     if settings.probe_every:
@@ -105,5 +112,6 @@ def summary(result: dict[str, Any]) -> str:
         shares = " ".join(
             f"{name} {share['accuracy']:.3f}" for name, share in row.items() if isinstance(share, dict) and share["n"]
         )
-        lines.append(f"  window {row.get('window', '')}: {shares}")
+        rest = " ".join(f"{name} {value}" for name, value in row.items() if name in ("kl_by_windows", "perplexity"))
+        lines.append(f"  window {row.get('window', '')}: {shares} {rest}")
     return "\n".join(lines)

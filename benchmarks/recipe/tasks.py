@@ -1,7 +1,8 @@
-"""The two tasks, as the stages of a recipe see them: text to write or to read, and what is right under which window.
+"""The tasks, as the stages of a recipe see them: text to write or to read, and what is right under which window.
 
 * ``permutation``: :mod:`benchmarks.rl.task` cut down until supervision needs some 200 steps from chance to 95 %: six steps, one question, a window of 8.
 * ``memory``: :mod:`benchmarks.memory.task`, traces of 96 thoughts, a window of 32. Traces are given, as the base model writes none.
+* ``notes``: :mod:`.notes`, SmolLM2-135M-Instruct on notes that are asked for after they left a window of 128.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Task(ABC):
     """Windows that are evaluated: three quarters of the smallest that is trained, and the range."""
     prompt_end: int | list[int]
     batch: int = 64
+    micro_batch: int = 64
+    given: bool = False
+    """Whether sequences are given, and not written by the model."""
 
     @abstractmethod
     def base(self, seed: int) -> LlamaForCausalLM:
@@ -121,12 +125,18 @@ class Permutation(Task):
         return {"recall": found["reward"], "in_window": found["in_window"], "evicted": found["evicted"]}
 
 
+def _word(token: int) -> str:
+    """No special token is part of another word: those are found first, inside of words too."""
+    return {memory.PAD: "<pad>", memory.BOS: "<bos>"}.get(token, f"t{token}")
+
+
 class Memory(Task):
     """Traces of 96 thoughts."""
 
     name = "memory"
     window, windows, probe = 32, (32, 48, 64, None), (24, 32, 48, 64, None)
     prompt_end = memory.PROMPT
+    given = True
     length = 96
 
     def base(self, seed: int) -> LlamaForCausalLM:
@@ -141,18 +151,19 @@ class Memory(Task):
     def data(self, count: int, generator: torch.Generator) -> Dataset:
         """All of a trace after its first token is the completion."""
         ids = memory.make_traces(count, self.length, generator).input_ids.tolist()
-        texts = [" ".join(map(str, row)) for row in ids]
+        texts = [" ".join(_word(token) for token in row) for row in ids]
         return Dataset.from_dict(
             {"prompt": [text.split(" ")[0] for text in texts], "completion": [text.split(" ", 1)[1] for text in texts]}
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A token is its number. What ends a sequence is in no trace."""
-        words = {str(token): token for token in range(memory.VOCABULARY)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
+        """A word a token. What ends a sequence is in no trace."""
+        words = {_word(token): token for token in range(memory.VOCABULARY)}
+        pad, bos = _word(memory.PAD), _word(memory.BOS)
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token=pad))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="0", eos_token="0", bos_token=str(memory.BOS), padding_side="left"
+            tokenizer_object=tokenizer, pad_token=pad, eos_token=pad, bos_token=bos, padding_side="left"
         )
 
     def evaluate(self, model: PeftModel, window: int | None, count: int) -> dict[str, Any]:
@@ -175,6 +186,3 @@ class Memory(Task):
             "evicted": buckets["evicted"],
             "running": found["running"],
         }
-
-
-TASKS: dict[str, Task] = {task.name: task for task in (Permutation(), Memory())}

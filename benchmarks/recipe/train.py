@@ -35,6 +35,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora-key_diff": {"state_update": "off", "eviction": "key_diff"},
     "lora-full": {"state_update": "off", "cache_window": None},
 }
+SAVE_STEPS = (250, 20)
+"""Steps between checkpoints: of a small model, of a real one."""
 RISE = 20
 """Steps in which the learning rate rises; then it falls to 0 at the last step of its stage."""
 
@@ -48,7 +50,7 @@ class Stage:
     steps: int
     rate: float
     beta: float | None = None
-    """``distil``: 1 reverse KL, 0 forward; ``grpo``: weight of the KL to the base on its full cache."""
+    """``distil``: 1 reverse KL, 0 forward, ``None``: forward on given text, reverse on what the student writes; ``grpo``: weight of the KL to the base on its full cache."""
     schedule: str = "linear"
     """Of the learning rate; ``constant`` after its rise."""
 
@@ -171,20 +173,20 @@ class _Probe(TrainerCallback):  # type: ignore[misc]
             torch.set_rng_state(random_state)
 
 
-def _arguments(settings: Settings, stage: Stage, seed: int, folder: str, batch: int) -> dict[str, Any]:
+def _arguments(stage: Stage, seed: int, folder: str, batch: int, micro_batch: int = 128) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 1,
-        # Nothing to save at this size, and a third of the time.
+        "per_device_train_batch_size": min(batch, micro_batch),
+        "gradient_accumulation_steps": max(batch // micro_batch, 1),
+        # At the small size nothing to save, and a third of the time.
         "gradient_checkpointing": False,
         "learning_rate": stage.rate,
         "warmup_steps": RISE,
         "lr_scheduler_type": "linear" if stage.schedule == "linear" else "constant_with_warmup",
         "max_steps": stage.steps,
-        "logging_steps": 50,
+        "logging_steps": 50 if batch > 8 else 5,
         "save_strategy": "steps",
-        "save_steps": 250,
+        "save_steps": SAVE_STEPS[batch <= 8],
         "save_total_limit": 1,
         "report_to": [],
         "use_cpu": True,
@@ -222,9 +224,9 @@ def _distil(
             train_dataset=data,
             processing_class=task.tokenizer(),
             args=SelfDistillationConfig(
-                **_arguments(settings, stage, seed, str(folder or scratch), task.batch),
-                beta=1.0 if stage.beta is None else stage.beta,
-                lmbda=0.0 if task.name == "memory" else 1.0,
+                **_arguments(stage, seed, str(folder or scratch), task.batch, task.micro_batch),
+                beta=(0.0 if task.given else 1.0) if stage.beta is None else stage.beta,
+                lmbda=0.0 if task.given else 1.0,
                 max_completion_length=completion,
             ),
         )
@@ -243,7 +245,7 @@ def _grpo(
             train_dataset=data.remove_columns("completion"),
             processing_class=task.tokenizer(),
             args=GRPOConfig(
-                **_arguments(settings, stage, seed, str(folder or scratch), settings.prompts * settings.generations),
+                **_arguments(stage, seed, str(folder or scratch), settings.prompts * settings.generations),
                 num_generations=settings.generations,
                 # Room for a token more than the solution has.
                 max_completion_length=sample.input_ids.shape[1] - sample.prompt + 1,

@@ -100,6 +100,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def rounded(value: Any) -> Any:
+    """`value` with five digits of every float."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -223,6 +223,33 @@ class PTEConfig(PeftConfig):
         default=False, metadata={"help": "Keep what the backward pass starts from on the CPU; not saved."}
     )
 
+    @classmethod
+    def paper(cls, **fields: Any) -> Self:
+        """The method as the paper prints it (arXiv 2602.16839, sections 3 and 4): rank 32, 32 global tokens, a quarter of the window leaves, the
+        oldest first, tokens share the rows of the state linearly.
+
+        What the paper leaves open is this package's default: which way ``dW`` meets ``x``, the scale, whether keys are read with their rotation.
+
+        Args:
+            fields: Any others, as ``cache_window`` (paper: 768, 1024, 2048), or the same with other values.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: See above.
+            TypeError: See above.
+        """
+        printed: dict[str, Any] = {
+            "r": 32,
+            "num_global_tokens": 32,
+            "evict_ratio": 0.25,
+            "eviction": "sliding_window",
+            "encoder_attention": "linear",
+            "state_update": "progressive",
+        }
+        return cls(**{**printed, **fields})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PTE
