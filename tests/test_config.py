@@ -198,3 +198,18 @@ def test_a_fresh_config_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PTEConfig(target_modules=["q_proj"], alpha=3, evict_ratio=1)
+
+
+def test_the_paper_s_preset():
+    config = PTEConfig.paper(task_type="CAUSAL_LM", cache_window=768)
+    assert (config.r, config.num_global_tokens, config.evict_ratio, config.cache_window) == (32, 32, 0.25, 768)
+    assert (config.encoder_attention, config.state_update, config.eviction) == (
+        "linear",
+        "progressive",
+        "sliding_window",
+    )
+    assert PTEConfig.paper(state_update="frozen", r=8).state_update == "frozen"
+    with pytest.raises(ValueError, match="`cache_window` must be"):
+        PTEConfig.paper(cache_window=1)
+    with pytest.raises(TypeError, match="lora_alpha"):
+        PTEConfig.paper(lora_alpha=3)

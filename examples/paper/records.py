@@ -38,8 +38,12 @@ def changed_arguments(
 
 def changed_adapter(arm: str, config: PeftConfig) -> dict[str, Any]:
     """Fields of an adapter's config that are not those of its arm in the protocol."""
-    expected = adapter_config(arm)
-    fields = LORA_FIELDS if arm == "lora" else PTE_FIELDS
+    return differing(config, adapter_config(arm))
+
+
+def differing(config: PeftConfig, expected: PeftConfig) -> dict[str, Any]:
+    """Fields of ``config`` that decide what is learned and are not those of ``expected``, a config of the same method."""
+    fields = PTE_FIELDS if isinstance(expected, PTEConfig) else LORA_FIELDS
     return {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(expected, name)}
 
 

@@ -4,7 +4,8 @@ r"""GRPO of one arm of the paper's protocol: a plain `trl.GRPOTrainer` on DAPO-M
         --model qwen2.5-3b --arm pte --output-dir outputs/paper/qwen2.5-3b-pte
 
 The defaults are the paper's hyper-parameters (`arms.py`). Whatever the number of processes, a step sees `--batch` completions:
-what does not fit at once is generated and scored in portions. `--resume` continues from the last checkpoint.
+what does not fit at once is generated and scored in portions. `--resume` continues from the last checkpoint. `distill.py` before it, then
+`--adapter`, is not the paper's protocol: such records are listed apart.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from arms import (
     short_name,
 )
 from datasets import Dataset, load_dataset
-from records import FULL, RESULTS, changed_arguments, path_of, write
+from peft import PeftConfig, PeftModel
+from records import FULL, RESULTS, changed_arguments, check_adapter, differing, path_of, write
 from tasks.grading import is_correct
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -47,7 +49,7 @@ DATASET = "BytedTsinghua-SIA/DAPO-Math-17k"
 
 # Choices of the machine and of the seed; all other arguments decide what is learned.
 MACHINE = {"output_dir", "results", "resume", "rollout_batch", "micro_batch", "save_steps", "gradient_checkpointing"}
-MACHINE |= {"report_to", "seed", "model", "arm", "dataset"}
+MACHINE |= {"report_to", "seed", "model", "arm", "dataset", "rows"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +62,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, required=True)
     add("--results", type=Path, default=RESULTS, help="where table.py looks")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    add("--adapter", type=Path, help="go on from this adapter of the arm, as distill.py leaves it")
+    add(
+        "--rows",
+        type=int,
+        help="rollout rows per process, refilled as they end (generate_batch); fewer than --rollout-batch",
+    )
     add("--batch", type=int, default=GLOBAL_BATCH, help="completions per step, of all processes together")
     add("--rollout-batch", type=int, default=64, help="completions generated together, per process")
     add("--micro-batch", type=int, default=4, help="completions scored together, per process")
@@ -134,6 +142,33 @@ def correctness(completions: list[Any], solution: list[str], **kwargs: Any) -> l
     return [float(is_correct(m[-1]["content"], gold)) for m, gold in zip(completions, solution, strict=True)]
 
 
+def adapted(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """``model`` and, where its adapter is a fresh one of the arm, ``peft_config``.
+
+    Raises:
+        ValueError: ``--adapter`` was trained as another arm, or on another model, or with other fields than are asked for.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_name(args.model), dtype=args.dtype)
+    config = adapter_config(
+        args.arm,
+        rank=args.rank,
+        num_global_tokens=args.num_global_tokens,
+        cache_window=args.cache_window,
+        state_address=args.state_address,
+        encoder_attention=args.encoder_attention,
+        prompt_end=peft_pte.prompt_end(tokenizer),
+    )
+    if args.adapter is None:
+        return {"model": model, "peft_config": config}
+    found = PeftConfig.from_pretrained(str(args.adapter))
+    check_adapter(args.arm, args.model, found)
+    if changed := differing(found, config):
+        raise ValueError(
+            f"`--adapter` must be what the other arguments say, got {changed}. Give the arguments that it was trained with."
+        )
+    return {"model": PeftModel.from_pretrained(model, str(args.adapter), is_trainable=True)}
+
+
 def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
     """The trainer of an arm.
 
@@ -154,7 +189,10 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
         temperature=1.0,
         num_train_epochs=1,
         max_steps=args.max_steps,
-        bf16=args.dtype == "bfloat16",
+        # TRL casts the whole model, adapter included, before it refills rows with `bf16`: the base has its dtype already.
+        bf16=args.dtype == "bfloat16" and not args.rows,
+        use_transformers_continuous_batching=bool(args.rows),
+        transformers_continuous_batching_config={"max_requests_per_batch": args.rows} if args.rows else None,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=args.gradient_checkpointing,
         logging_steps=1,
@@ -168,16 +206,7 @@ def make_trainer(args: argparse.Namespace) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(model_name(args.model), padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_name(args.model), dtype=args.dtype),
-        peft_config=adapter_config(
-            args.arm,
-            rank=args.rank,
-            num_global_tokens=args.num_global_tokens,
-            cache_window=args.cache_window,
-            state_address=args.state_address,
-            encoder_attention=args.encoder_attention,
-            prompt_end=peft_pte.prompt_end(tokenizer),
-        ),
+        **adapted(args, tokenizer),
         reward_funcs=correctness,
         train_dataset=load_problems(args.dataset, tokenizer, args.max_prompt_length),
         processing_class=tokenizer,

@@ -224,7 +224,7 @@ class PTEConfig(PeftConfig):
     )
 
     @classmethod
-    def paper(cls, **fields: Any) -> Self:
+    def paper(cls: type[_Config], **fields: Any) -> _Config:
         """The method as the paper prints it (arXiv 2602.16839, sections 3 and 4): rank 32, 32 global tokens, a quarter of the window leaves, the
         oldest first, tokens share the rows of the state linearly.
 

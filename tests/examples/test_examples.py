@@ -55,3 +55,22 @@ def test_grpo_is_resumed_and_its_adapter_generates(tmp_path):
 def test_sft(tmp_path):
     run("examples/sft_warmup.py", "--short", "--output-dir", tmp_path)
     check_report(tmp_path)
+
+
+def test_distil_then_reinforce(tmp_path):
+    run(
+        "examples/distill.py",
+        "--short",
+        "--max-steps",
+        1,
+        "--windows",
+        24,
+        "none",
+        "--output-dir",
+        tmp_path / "distilled",
+    )
+    report = check_report(tmp_path / "distilled")
+    assert "pte/ratio_p5" in report["history"][0]
+    script = ["examples/grpo_reasoning.py", "--short", "--max-steps", 1, "--adapter", tmp_path / "distilled"]
+    run(*script, "--output-dir", tmp_path / "reinforced")
+    assert check_report(tmp_path / "reinforced")["arguments"]["cache_window"] == 24

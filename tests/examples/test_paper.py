@@ -26,6 +26,7 @@ PAPER = ROOT / "examples" / "paper"
 sys.path.append(str(PAPER))
 
 import arms  # noqa: E402
+import distill  # noqa: E402
 import table  # noqa: E402
 import train  # noqa: E402
 from tasks import grading  # noqa: E402
@@ -258,6 +259,51 @@ def test_every_arm_trains(folder, tmp_path, model, arm, alternating):
     written = [weight for name, weight in weights.items() if "pte_up" in name or "lora_B" in name]
     assert written
     assert all(weight.abs().max() > 0 for weight in written)
+
+
+def distill_arguments(folder, output, model, arm, *more):
+    return [
+        *(
+            "--model",
+            folder / model,
+            "--arm",
+            arm,
+            "--dataset",
+            folder / "dapo.jsonl",
+            "--output-dir",
+            output / "distilled",
+        ),
+        *("--batch", 4, "--micro-batch", 2, "--max-completion-length", 12, "--cache-window", 4, "--rank", 4),
+        *("--num-global-tokens", 5, "--max-steps", 1, "--dtype", "float32", *more),
+    ]
+
+
+def test_an_arm_is_distilled_then_reinforced(folder, tmp_path, alternating):
+    distill.main(texts(distill_arguments(folder, tmp_path, "qwen2.5-3b", "pte", "--windows", 4, "none")))
+    assert "pte/ratio_p5" in json.loads((tmp_path / "distilled" / "history.json").read_text())[0]
+    start = load_file(tmp_path / "distilled" / "adapter_model.safetensors")
+    more = ["--adapter", tmp_path / "distilled", "--rows", 2]
+    train.main(texts(train_arguments(folder, tmp_path, "qwen2.5-3b", "pte", *more, "--learning-rate", 0.0)))
+    record = json.loads(next((tmp_path / "results").glob("train-*.json")).read_text())
+    assert record["changed"]["adapter"] == str(tmp_path / "distilled")
+    assert "rows" not in record["changed"]
+    assert record["history"][0]["pte/evictions_per_sequence"] > 0
+    end = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(end[name], start[name]) for name in start)
+    for other in (["--arm", "lora_c"], ["--rank", 8], ["--cache-window", 8]):
+        options = [
+            *train_arguments(folder, tmp_path, "qwen2.5-3b", "pte", *more),
+            *other,
+            "--output-dir",
+            tmp_path / "other",
+        ]
+        with pytest.raises(ValueError, match=r"`--arm` must be what|`--adapter` must be what"):
+            train.main(texts(options))
+
+
+def test_a_distillation_that_cannot_be_shared_out_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="`--micro-batch` must divide"):
+        distill.main(texts([*distill_arguments(folder, tmp_path, "qwen2.5-3b", "pte"), "--micro-batch", 3]))
 
 
 def test_an_interrupted_run_is_continued_and_never_overwritten(folder, tmp_path, alternating, capsys):
