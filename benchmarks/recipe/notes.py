@@ -69,11 +69,11 @@ TOWNS = [
     "Delhi",
     "Boston",
 ]
-NOTES = 16
+NOTES = 14
 HEAD = "Notes:\n"
 AGAIN = "\nThe same notes in another order:\n"
 MICRO_BATCH = 8
-SEGMENT, SEGMENTS = 384, 16
+SEGMENT, SEGMENTS = 256, 8
 
 
 def write(generator: random.Random) -> tuple[str, list[tuple[int, int, int]]]:
@@ -105,19 +105,19 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 
 class Notes(Task):
-    """Sixteen notes, twice."""
+    """Fourteen notes, twice."""
 
     name = "notes"
-    window, windows, probe = 128, (128, 192, 256, None), (96, 128, 192, 256, None)
+    window, windows, probe = 128, (128, 192, 256, None), (96, 128, 256, None)
     prompt_end = 4
-    batch, micro_batch, given = 4, 2, True
+    batch, micro_batch, given = 2, 2, True
 
     def base(self, seed: int) -> LlamaForCausalLM:
         """SmolLM2, whatever the seed."""
         return smollm2()[0]
 
     def make(self, count: int, generator: torch.Generator) -> Batch:
-        """Texts of about 320 tokens; the labels are what is asked for."""
+        """Texts of about 260 tokens; the labels are what is asked for."""
         ids, _, asked = self._encode(count, generator)
         labels = torch.full_like(ids, -100)
         for row, spans in enumerate(asked):

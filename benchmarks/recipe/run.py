@@ -19,9 +19,9 @@ from .train import Settings, adapt, run_stage
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASKS: dict[str, Task] = {task.name: task for task in (Permutation(), Memory(), Notes())}
-COUNT = {"permutation": 1024, "memory": 512, "notes": 32}
+COUNT = {"permutation": 1024, "memory": 512, "notes": 16}
 """Sequences of an evaluation."""
-PROBED = {"permutation": 512, "memory": 128, "notes": 8}
+PROBED = {"permutation": 512, "memory": 128, "notes": 4}
 
 log = logging.getLogger(__name__)
 
