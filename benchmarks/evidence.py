@@ -1,4 +1,4 @@
-"""Tables and figures of docs/evidence.md and docs/eviction.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
+"""Tables and figures of docs/evidence.md, docs/evidence_log.md and docs/eviction.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
 
 Each section is rendered by the benchmark it comes from, between its markers; text outside of the markers is written by hand.
 """
@@ -16,15 +16,19 @@ from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
 from .reasoning import report as reasoning
 from .reasoning.run import RESULTS as REASONING
+from .recipe import report as recipe
+from .recipe.run import RESULTS as RECIPE
 from .rl import report as rl
 from .rl.run import RESULTS as RL
 from .tables import insert
 
-EVIDENCE, EVICTION = ROOT / "docs" / "evidence.md", ROOT / "docs" / "eviction.md"
+EVIDENCE, LOG, EVICTION = (ROOT / "docs" / name for name in ("evidence.md", "evidence_log.md", "eviction.md"))
 SECTIONS: dict[str, tuple[Callable[[Path], str], Path, Path]] = {
-    "memory": (memory.report, MEMORY, EVIDENCE),
-    "rl": (rl.report, RL, EVIDENCE),
-    "reasoning": (reasoning.report, REASONING, EVIDENCE),
+    "recipe": (recipe.report, RECIPE, EVIDENCE),
+    "recipe-tuning": (recipe.tuning, RECIPE / "tuning", LOG),
+    "memory": (memory.report, MEMORY, LOG),
+    "rl": (rl.report, RL, LOG),
+    "reasoning": (reasoning.report, REASONING, LOG),
     "eviction": (memory.report_evictions, MEMORY / "eviction", EVICTION),
 }
 """By marker: what renders the results of a folder, the folder, the document."""
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--stdout", action="store_true", help="print the documents; leave the files as they are")
     options = parser.parse_args(arguments)
-    for document in (EVIDENCE, EVICTION):
+    for document in (EVIDENCE, LOG, EVICTION):
         text = render(document)
         if options.stdout:
             print(text)

@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python -m benchmarks run decode|compress|delta|train|flops|cost|token|settings|figures|all [--quick]``.
+"""Run benchmarks: ``python -m benchmarks run decode|compress|delta|train|flops|cost|token|settings|protocol|figures|all [--quick]``.
 
 One JSON per case goes into one folder; ``python -m benchmarks report`` makes tables and plots of them. On a GPU the whole
 set stays within ``--budget`` seconds, 500 unless told; what did not fit is in the JSONs, and said to be left out.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import compress, cost, decode, delta, flops, settings, token, train
+from . import compress, cost, decode, delta, flops, protocol, settings, token, train
 from .cases import GPU_SHAPES, SHAPES
 from .machine import RESULTS, ROOT, ceilings, provenance
 from .session import Session
@@ -34,10 +34,11 @@ CASES = {
     "cost": cost,
     "token": token,
     "settings": settings,
+    "protocol": protocol,
 }
-UNTIMED = ("flops", "cost", "token", "settings")
+UNTIMED = ("flops", "cost", "token", "settings", "protocol")
 SHARES = {"delta": 0.06, "compress": 0.08, "decode": 0.50, "train": 0.36}
-"""Of the budget. `flops`, `cost`, `token` and `settings` run on the CPU and take what they take: run them on their own."""
+"""Of the budget. `flops`, `cost`, `token`, `settings` and `protocol` run on the CPU and take what they take: run them on their own."""
 DEFAULT_SET = ("delta", "compress", "decode", "train")
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "case",
         choices=[*CASES, "figures", "all"],
-        help="all: everything that is timed; figures, flops, cost, token and settings need no GPU and run on their own",
+        help="all: everything that is timed; figures, flops, cost, token, settings and protocol need no GPU and run on their own",
     )
     parser.add_argument(
         "--shapes", nargs="+", choices=SHAPES, help="default: three true shapes on a GPU, a tiny one on a CPU"

@@ -38,6 +38,12 @@ def report(folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def tuning(folder: Path) -> str:
+    """The runs that learning rates were chosen by, of another seed; no figure."""
+    runs = load_runs(folder)
+    return "\n\n".join(part for part in (methods(runs), grpo(runs)) if part)
+
+
 def recipe(run: Run) -> str:
     """The stages of a run in words."""
     parts = []
