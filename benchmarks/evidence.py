@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import eviction
+from . import eviction, half
 from .machine import ROOT, load_runs
 from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
@@ -57,8 +57,9 @@ def render(document: Path) -> str:
     for name, (report, folder, place) in SECTIONS.items():
         if place == document:
             text = insert(text, f"{provenance(load_runs(folder))}\n\n{report(folder)}", name)
-    if document == EVICTION:
-        text = insert(text, eviction.report(), "eviction-cost")
+    for place, name, table in ((EVICTION, "eviction-cost", eviction.report), (EVIDENCE, "half", half.report)):
+        if place == document:
+            text = insert(text, table(), name)
     return text
 
 

@@ -57,7 +57,8 @@ def adapted(base: Any, fields: dict[str, Any] | None) -> Any:
     if fields is None:
         config: Any = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     else:
-        config = PTEConfig(task_type="CAUSAL_LM", r=RANK, num_global_tokens=RANK, cache_window=WINDOW, **fields)
+        sizes = {"r": RANK, "num_global_tokens": RANK, "cache_window": WINDOW}
+        config = PTEConfig(task_type="CAUSAL_LM", **{**sizes, **fields})
     model = get_peft_model(base, config).eval()
     for name, parameter in model.named_parameters():
         if "pte_up" in name or "lora_B" in name:

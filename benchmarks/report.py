@@ -1,7 +1,7 @@
 """Tables and plots from the results: ``python -m benchmarks report [--results FOLDER ...] [--stdout]``.
 
 Everything goes between the markers of benchmarks/README.md, what a reader needs first between those of the README, settings of a
-training step between those of docs/memory.md. Results
+training step between those of docs/memory.md, what the paper's protocol takes between those of examples/paper/README.md. Results
 of several folders, and of one case run in pieces (`--peers kvpress` in an environment of its own), are put together where
 their devices are the same. What a CPU timed is given as ratios within its run.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import tables
+from . import protocol, tables
 from .machine import RESULTS, ROOT
 from .plot import draw_training_time
 
@@ -433,6 +433,11 @@ def main(arguments: list[str] | None = None) -> None:
     if any(content["case"] == "settings" for content in results):
         path = ROOT / "docs" / "memory.md"
         path.write_text(tables.insert(path.read_text(), settings(results), "settings"))
+        print(f"Wrote {path.relative_to(ROOT)}")
+    if found := [content for content in results if content["case"] == "protocol"]:
+        path = ROOT / "examples" / "paper" / "README.md"
+        text = f"{protocol.report(found[-1]['rows'])}\n\n{_origin(found[-1:])}"
+        path.write_text(tables.insert(path.read_text(), text, "protocol"))
         print(f"Wrote {path.relative_to(ROOT)}")
     timed = [content for content in results if content["case"] == "train" and content["device"] == "cuda"]
     if timed:

@@ -299,14 +299,14 @@ def test_figures_by_distance():
     assert figures["ratio_p5"].item() == pytest.approx(torch.tensor(-3.0 + 0.15).exp().item())
 
 
-def test_a_thousand_tokens_at_once_are_all_tokens(monkeypatch):
+def test_a_few_tokens_at_once_are_all_tokens(monkeypatch):
     torch.manual_seed(0)
     base = make_base("llama").float()
     head, width, count = base.get_output_embeddings(), base.config.hidden_size, 23
     hidden = (torch.randn(count, width), torch.randn(count, width))
     tokens = torch.randint(base.config.vocab_size, (count,))
     whole = fidelity(hidden, (head, head), tokens, torch.zeros(count), base.config, 0.7)
-    monkeypatch.setattr("peft_pte.integrations.fidelity._TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr("peft_pte.integrations.fidelity._LOGITS_AT_ONCE", 5 * base.config.vocab_size)
     parts = fidelity(hidden, (head, head), tokens, torch.zeros(count), base.config, 0.7)
     logs = [(head(rows) / 0.7).log_softmax(dim=-1) for rows in hidden]
     for found in (whole, parts):

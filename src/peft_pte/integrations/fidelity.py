@@ -14,7 +14,7 @@ from peft_pte.passes.boundary import Columns, PromptSpec, find_prompt_ends
 DISTANCES = (1.0, 2.0, 4.0)
 """Windows of thoughts, up to which a token counts as near: within the first nothing has left."""
 PERCENTILE = 0.05
-_TOKENS_AT_ONCE = 1024
+_LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def fidelity(
     config: PretrainedConfig,
     temperature: float = 1.0,
 ) -> Fidelity:
-    """Compare two policies where they predict ``tokens``, a thousand at once: no more logits than that exist.
+    """Compare two policies where they predict ``tokens``, a few at once: no more than 64 MiB of logits of each exist.
 
     Args:
         hidden: ``[N, H]`` each, what the bounded and the full-cache backbone give for the tokens before.
@@ -65,8 +65,9 @@ def fidelity(
     if not len(tokens):
         raise ValueError("`tokens` must not be empty. Leave a batch without tokens out.")
     ratios, divergences = [], []
-    for start in range(0, len(tokens), _TOKENS_AT_ONCE):
-        part = slice(start, start + _TOKENS_AT_ONCE)
+    at_once = max(1, _LOGITS_AT_ONCE // config.vocab_size)
+    for start in range(0, len(tokens), at_once):
+        part = slice(start, start + at_once)
         bounded, full = (
             (logits_of(head, rows[part], config) / temperature).log_softmax(dim=-1)
             for head, rows in zip(heads, hidden, strict=True)
