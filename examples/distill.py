@@ -2,8 +2,8 @@ r"""Self-distillation in a fixed-size KV cache, before RL: the model on its full
 
 The student writes answers under its window; the base model, the same weights with the adapter off, says on its full cache what it would have
 written at each token; the student follows (reverse KL). Then `grpo_reasoning.py --adapter outputs/distill` reinforces what was distilled. With
-`--windows 24 48 none` the window is drawn for each batch, and one adapter serves them all. `--lmbda 0 --seq-kd` lets the teacher write, to
-start with. On GPUs:
+`--windows 24 48 none` the window is drawn for each batch, and one adapter serves them all. `--lmbda 0` lets the teacher write, to start
+with. On GPUs:
 
     accelerate launch --num_processes 8 examples/distill.py --model Qwen/Qwen2.5-3B-Instruct --dtype bfloat16 --task gsm_symbolic \
         --task-config '{}' --cache-window 768 --windows 768 1024 2048 none --max-completion-length 3072 --learning-rate 1e-4 --max-steps 300 \

@@ -369,11 +369,12 @@ def test_prompt_length_reaches_each_copy_of_a_row():
         assert many.past_key_values.prompt_length == one.past_key_values.prompt_length == 4
 
 
-def test_generation_without_a_cache_uses_it_all_the_same():
-    # Trainers that checkpoint gradients turn the cache off for their rollouts: the policy is the same, and the cache is bounded.
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_generation_without_a_cache_uses_it_all_the_same(window):
+    # Trainers that checkpoint gradients turn the cache off for their rollouts: the policy is the same, and its states are in the cache.
     from transformers import GenerationConfig
 
-    model = make_pte()
+    model = make_pte(cache_window=window)
     prompts = make_prompts()
     expected = model.generate(**prompts, max_new_tokens=3 * WINDOW, do_sample=False)
     for kwargs in (
@@ -382,7 +383,7 @@ def test_generation_without_a_cache_uses_it_all_the_same():
     ):
         output = model.generate(**prompts, return_dict_in_generate=True, **kwargs)
         assert torch.equal(output.sequences, expected)
-        assert output.past_key_values.evictions > 4
+        assert (output.past_key_values.evictions > 4) == (window is not None)
 
 
 def test_an_assistant_proposes_thoughts():

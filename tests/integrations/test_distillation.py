@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM
+from trl import DistillationConfig
 
 from peft_pte.integrations.distillation import SelfDistillationConfig, SelfDistillationTrainer
 from peft_pte.integrations.fidelity import Fidelity, fidelity, logits_of, windows_of
@@ -227,6 +228,54 @@ def test_a_template_that_renders_prompts_otherwise_is_refused(tmp_path):
         trainer.train()
 
 
+def test_what_a_template_puts_behind_an_answer_is_not_learned(tmp_path, monkeypatch):
+    data = question_data().add_column(
+        "completion", [[{"role": "assistant", "content": text}] for text in completions(7)]
+    )
+    tokenizer = make_chat_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos> ", "<eos> w55 ")
+    trainer = make_trainer(tmp_path, data=data, tokenizer=tokenizer, lmbda=0.0, max_completion_length=64)
+    seen = watch(trainer, monkeypatch)
+    trainer.train()
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in rows_of(seen[0][0]).values())
+    assert trainer.state.log_history[0]["completions/clipped_ratio"] == 0
+
+
+def test_a_template_that_drops_thinking_is_refused(tmp_path):
+    data = question_data().add_column(
+        "completion", [[{"role": "assistant", "content": text}] for text in completions(7)]
+    )
+    tokenizer = make_chat_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }} {% endgeneration %}", "{{ message.content[-3:] }} {% endgeneration %}"
+    )
+    trainer = make_trainer(tmp_path, data=data, tokenizer=tokenizer, lmbda=0.0)
+    with pytest.raises(ValueError, match="leaves out a part of a `completion`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("completion", [None, "", []])
+def test_text_that_is_not_there_is_refused(completion, tmp_path):
+    trainer = make_trainer(tmp_path, data=prompt_data(completion=[completion] * 4), lmbda=0.0)
+    with pytest.raises(ValueError, match="`completion` must be text, as `prompt` is"):
+        trainer.train()
+
+
+def test_messages_and_text_do_not_mix(tmp_path):
+    data = question_data().add_column("completion", completions(7))
+    trainer = make_trainer(tmp_path, data=data, tokenizer=make_chat_tokenizer(), lmbda=0.0)
+    with pytest.raises(ValueError, match="`completion` must be messages, as `prompt` is"):
+        trainer.train()
+
+
+def test_a_stream_is_learned_from(tmp_path):
+    rows = list(completion_data())
+    stream = IterableDataset.from_generator(lambda: iter(rows * 2))
+    trainer = make_trainer(tmp_path, data=stream, lmbda=0.0)
+    trainer.train()
+    assert "loss" in trainer.state.log_history[0]
+
+
 def test_a_share_of_batches_is_written(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, lmbda=0.5, max_steps=12)
     seen = watch(trainer, monkeypatch)
@@ -257,6 +306,64 @@ def test_an_evaluation_is_measured(tmp_path):
     assert any("eval_pte/ratio_p5" in row for row in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_figures_are_those_of_the_whole_batch(micro_batch, tmp_path):
+    # The four completions are of different lengths, and so are their tokens' places in the order.
+    fields = {"lmbda": 0.0, "learning_rate": 0.0, "max_completion_length": COMPLETION + 4}
+    whole = make_trainer(tmp_path / "whole", data=uneven_data(), **fields)
+    split = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+    parts = make_trainer(tmp_path / "parts", data=uneven_data(), **fields, **split)
+    logs = []
+    for trainer in (whole, parts):
+        trainer.train()
+        logs.append({name: value for name, value in trainer.state.log_history[0].items() if name.startswith("pte/")})
+    assert set(logs[0]) == {
+        "pte/ratio_p5",
+        "pte/kl",
+        *(f"pte/kl_{name}" for name in ("to_1w", "to_2w", "to_4w", "beyond")),
+    }
+    for name, value in logs[0].items():
+        assert logs[1][name] == (None if value is None else pytest.approx(value, rel=1e-4)), name
+    assert logs[0]["pte/kl"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
+
+
+def uneven_data():
+    texts = ["w9", "w5 w6", *completions(7)[2:]]
+    return prompt_data(completion=[f" {text}" for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("fields", "measured"),
+    [
+        ({"logging_steps": 2}, [2, 4]),
+        ({"logging_steps": 3, "logging_first_step": True}, [1, 3]),
+        ({"logging_strategy": "epoch"}, [1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_whatever_is_logged_is_measured(fields, measured, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, **fields)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "pte/kl" in row] == measured
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == measured
+
+
+def test_other_processes_are_gathered():
+    mine = Fidelity(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.0]))
+    both = mine.gathered(lambda rows: torch.cat([rows, torch.full((2, 3), torch.nan), torch.tensor([[3.0, 4.0, 0.5]])]))
+    assert [part.tolist() for part in (both.log_ratio, both.kl, both.windows)] == [[1.0, 3.0], [2.0, 4.0], [0.0, 0.5]]
+
+
+def test_frozen_parameters_stay_frozen(tmp_path):
+    trainer = make_trainer(tmp_path)
+    first = next(part for part in trainer.model.parameters() if part.requires_grad)
+    first.requires_grad_(False)
+    trainer.train()
+    assert not first.requires_grad
+    assert first.grad is None
+    assert any(part.requires_grad for part in trainer.model.parameters())
+
+
 def test_a_wrapped_model_is_taken(tmp_path, monkeypatch):
     model = get_peft_model(make_trl_base(), pte_config(prompt_end=[MARKER]))
     args = arguments(SelfDistillationConfig, tmp_path, max_completion_length=COMPLETION)
@@ -276,6 +383,26 @@ def test_what_is_refused(tmp_path):
         make_trainer(tmp_path, data=prompt_data(), lmbda=0.5)
     with pytest.raises(ValueError, match="`prompt_end` of the adapter's config"):
         make_trainer(tmp_path, config=pte_config())
+    with pytest.raises(TypeError, match="`args` must be a SelfDistillationConfig, got DistillationConfig"):
+        SelfDistillationTrainer(make_trl_base(), arguments(DistillationConfig, tmp_path), completion_data())
+    frozen = get_peft_model(make_trl_base(), pte_config(prompt_end=[MARKER]))
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        SelfDistillationTrainer(
+            frozen, arguments(SelfDistillationConfig, tmp_path), completion_data(), None, make_tokenizer()
+        )
+    disabled = get_peft_model(make_trl_base(), pte_config(prompt_end=[MARKER]))
+    disabled.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="must be active, and is disabled"):
+        SelfDistillationTrainer(
+            disabled, arguments(SelfDistillationConfig, tmp_path), completion_data(), None, make_tokenizer()
+        )
+    injected = make_trl_base()
+    injected.add_adapter(pte_config(prompt_end=[MARKER]))
+    with pytest.raises(ValueError, match="must be a PeftModel, got LlamaForCausalLM"):
+        SelfDistillationTrainer(
+            injected, arguments(SelfDistillationConfig, tmp_path), completion_data(), None, make_tokenizer()
+        )
     with pytest.raises(ValueError, match="must carry a PTE adapter"):
         make_trainer(tmp_path, config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     args = arguments(SelfDistillationConfig, tmp_path, lmbda=0.5)
@@ -313,8 +440,9 @@ def test_a_few_tokens_at_once_are_all_tokens(monkeypatch):
         torch.testing.assert_close(found.kl, divergence(1.0, *logs))
         at = tokens[:, None]
         torch.testing.assert_close(found.log_ratio, (logs[0].gather(1, at) - logs[1].gather(1, at))[:, 0])
-    with pytest.raises(ValueError, match="`tokens` must not be empty"):
-        fidelity(hidden, (head, head), tokens[:0], torch.zeros(0), base.config)
+    assert (
+        len(fidelity(tuple(rows[:0] for rows in hidden), (head, head), tokens[:0], torch.zeros(0), base.config).kl) == 0
+    )
 
 
 def make_cohere():

@@ -96,6 +96,66 @@ def test_a_rollout_is_scored_under_its_window(fields, losses, tmp_path, monkeypa
     assert window_of(trainer) == WINDOW
 
 
+def test_a_training_that_is_begun_again_scores_under_the_window_of_its_rollout(tmp_path, monkeypatch):
+    # The trainer goes on with the rollout that it has, and so must the window.
+    trainer = make_grpo(tmp_path, max_steps=6, steps_per_generation=4)
+    WindowRange.attach(trainer, WINDOWS)
+    seen = watch(trainer, monkeypatch)
+    trainer.train()
+    trainer.train()
+    current = None
+    for kind, window in seen:
+        current = window if kind == "rollout" else current
+        assert window == current
+    assert len({window for _, window in seen}) > 1
+
+
+def test_only_the_last_range_counts(tmp_path):
+    trainer = make_sft(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    WindowRange.attach(trainer, [6])
+    WindowRange.attach(trainer, [12])
+    windows = []
+    trainer.add_callback(Looks(windows))
+    trainer.train()
+    assert window_of(trainer) == WINDOW
+    assert json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())["cache_window"] == WINDOW
+    assert sum(isinstance(callback, WindowRange) for callback in trainer.callback_handler.callbacks) == 1
+
+
+def test_a_step_of_any_micro_batches_has_one_window(tmp_path, monkeypatch):
+    # Four rows in micro-batches of one, three to a step: the last step of an epoch has one.
+    trainer = make_sft(tmp_path, max_steps=6, per_device_train_batch_size=1, gradient_accumulation_steps=3)
+    WindowRange.attach(trainer, WINDOWS)
+    seen, loss = [], trainer.compute_loss
+
+    def scored(*args, **kwargs):
+        seen.append((trainer.state.global_step, window_of(trainer)))
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", scored)
+    trainer.train()
+    steps = {step: [window for at, window in seen if at == step] for step, _ in seen}
+    assert [len(windows) for windows in steps.values()] == [3, 1] * 3
+    assert all(len(set(windows)) == 1 for windows in steps.values())
+
+
+def test_the_end_of_a_step_has_the_window_of_the_config(tmp_path):
+    class Generates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(find_seam(kwargs["model"]).config("default").cache_window)
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    seen = []
+    trainer = make_sft(tmp_path, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=1)
+    trainer.add_callback(Generates())
+    WindowRange.attach(trainer, [6])
+    trainer.train()
+    assert set(seen) <= {WINDOW}
+    assert window_of(trainer) == WINDOW
+
+
 def test_importance_ratios_are_one(tmp_path, monkeypatch):
     trainer = make_grpo(tmp_path, max_steps=1)
     WindowRange.attach(trainer, [6])
@@ -191,8 +251,16 @@ def test_what_is_refused(tmp_path):
         WindowRange.attach(trainer, [])
     with pytest.raises(ValueError, match="`cache_window` must be"):
         WindowRange.attach(trainer, [8, 2])
-    with pytest.raises(ValueError, match="`batches` must be at least 1"):
-        WindowRange([8], batches=0)
+    assert window_of(trainer) == WINDOW
+    for fields in ({"use_transformers_continuous_batching": True}, {"cache_implementation": "static"}):
+        grpo = make_grpo(tmp_path, **fields)
+        WindowRange.attach(grpo, [6, 8])
+        with pytest.raises(ValueError, match="`windows` must not hold None with"):
+            WindowRange.attach(grpo, [6, None])
+    trainer.model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="must be active, and is disabled"):
+        WindowRange.attach(trainer, WINDOWS)
+    trainer.model.base_model.enable_adapter_layers()
     lora = SFTTrainer(
         model=make_trl_base(),
         args=arguments(SFTConfig, tmp_path),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DistillationConfig, DistillationTrainer, is_conversational
 
 from .fidelity import Fidelity, fidelity, windows_of
-from .trl import find_seam
+from .trl import active_config, find_seam
 
 
 @dataclass
@@ -99,6 +100,8 @@ class FullCacheTeacher(nn.Module):
     def in_place(self) -> Iterator[None]:
         """Within the block, the shared model is the teacher."""
         training = [module for module in self._shared.modules() if module.training]
+        # peft lets every parameter of an adapter learn when it is on again, those that were frozen too.
+        frozen = [parameter for parameter in self._shared.parameters() if not parameter.requires_grad]
         self._shared.eval()
         try:
             with self._models[0].disable_adapter():
@@ -106,6 +109,8 @@ class FullCacheTeacher(nn.Module):
         finally:
             for module in training:
                 module.training = True
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def forward(self, attention_mask: Tensor, **kwargs: Any) -> Any:
         """What the backbone gives, adapters off, on a full cache.
@@ -125,7 +130,7 @@ class FullCacheTeacher(nn.Module):
 class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
     """TRL's ``DistillationTrainer`` whose teacher is the model itself on its full cache.
 
-    Beyond TRL's it logs, at every step that is logged, how near the bounded policy is to the full cache on the tokens of the batch
+    Beyond TRL's it logs, of every step that a log is made at, how near the bounded policy is to the full cache on the tokens of the whole batch
     (:func:`peft_pte.integrations.fidelity.fidelity`): ``pte/ratio_p5``, the 5th percentile over tokens of their probability in the bounded cache
     over that in the full one (Sparrow, arXiv 2606.08446), and ``pte/kl_...``, reverse KL in nats per token, by how much had left the window.
 
@@ -141,7 +146,8 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         tools: As TRL's.
 
     Raises:
-        ValueError: The model has no PTE adapter, or its prompts would have no end, or a column is missing.
+        ValueError: The model has no active PTE adapter to train, or its prompts would have no end, or a column is missing.
+        TypeError: ``args`` is of another class.
     """
 
     _tag_names = ["trl", "peft-pte", "self-distillation"]  # noqa: RUF012
@@ -160,17 +166,12 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         peft_config: PeftConfig | None = None,
         tools: list[Callable[..., Any]] | None = None,
     ) -> None:
+        if not isinstance(args, SelfDistillationConfig):
+            raise TypeError(
+                f"`args` must be a SelfDistillationConfig, got {type(args).__name__}. It takes the same fields, and two more."
+            )
         if args.lmbda < 1 and not args.seq_kd:
-            if tools:
-                raise ValueError(
-                    "`tools` would be called on completions that are given. Let the teacher write what the student does not: seq_kd=True."
-                )
-            names = getattr(train_dataset, "column_names", None) or []
-            if "completion" not in names:
-                raise ValueError(
-                    f"`train_dataset` must have a column `completion` for the batches that the student does not write (lmbda={args.lmbda}), got "
-                    f"{names}. Add it, or let the teacher write them: seq_kd=True."
-                )
+            _check_given(train_dataset, tools, args.lmbda)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -184,10 +185,16 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             tools=tools,
         )
         student = self.accelerator.unwrap_model(self.model)
-        seam = find_seam(student)
-        adapter = seam.active_adapter()
-        config = None if adapter is None else seam.config(adapter)
-        if config is not None and config.prompt_end is None:
+        config = active_config(find_seam(student))
+        if not isinstance(student, PeftModel):
+            raise ValueError(
+                f"`model` must be a PeftModel, got {type(student).__name__} with an adapter of its own. Use get_peft_model, or give `peft_config`."
+            )
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise ValueError(
+                "The adapter has no parameter to train. Load it with PeftModel.from_pretrained(base, adapter, is_trainable=True)."
+            )
+        if config.prompt_end is None:
             raise ValueError(
                 "`prompt_end` of the adapter's config must say where thinking starts: distillation scores without labels. Use "
                 "PTEConfig(prompt_end=peft_pte.prompt_end(tokenizer)), or an int for text without prompts."
@@ -195,7 +202,8 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         self.teacher_model = FullCacheTeacher(student)
         self._rows: list[dict[str, Any]] = []
         self._hidden: list[Tensor] | None = None
-        self._measured: Fidelity | None = None
+        self._measured: list[Fidelity] = []
+        self._measured_at: Any = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -227,30 +235,45 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         return written
 
     def _given_completion(self, row: dict[str, Any], prompt_ids: list[int]) -> list[int]:
-        """The tokens of a row's ``completion``, ended where text is complete, cut to ``max_completion_length``.
+        """The tokens of a row's ``completion``, with its end of sequence, cut to ``max_completion_length``.
 
         Raises:
-            ValueError: The chat template renders the prompt otherwise once it is answered.
+            ValueError: There is none, or it is of another form than the prompt, or the chat template renders the prompt otherwise once it is answered,
+                or leaves a part of the answer out.
         """
-        if is_conversational(row):
-            rendered = self.processing_class.apply_chat_template(
-                [*row["prompt"], *row["completion"]],
-                tokenize=True,
-                return_dict=True,
-                chat_template=self.chat_template,
-                **self.chat_template_kwargs,
-            )["input_ids"]
-            if rendered[: len(prompt_ids)] != prompt_ids:
+        completion, messages = row.get("completion"), is_conversational({"prompt": row["prompt"]})
+        if not completion or isinstance(completion, str) == messages:
+            raise ValueError(
+                f"`completion` must be {'messages' if messages else 'text'}, as `prompt` is, got {completion!r}. Give both as one or the other; "
+                "or let the teacher write: seq_kd=True."
+            )
+        ids = self._rendered(row, prompt_ids) if messages else self._tokenized(completion)
+        return ids[: self.max_completion_length]
+
+    def _tokenized(self, text: str) -> list[int]:
+        ids: list[int] = self.processing_class(text=text, add_special_tokens=False)["input_ids"]
+        return ids if ids and ids[-1] in self.eos_token_ids else [*ids, self._tokenizer.eos_token_id]
+
+    def _rendered(self, row: dict[str, Any], prompt_ids: list[int]) -> list[int]:
+        options = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+        whole = [*row["prompt"], *row["completion"]]
+        ids = self.processing_class.apply_chat_template(whole, tokenize=True, return_dict=True, **options)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                "The chat template renders a prompt otherwise once it is answered, so its `completion` cannot be told apart. Give `prompt` and "
+                "`completion` as text, or let the teacher write: seq_kd=True."
+            )
+        text = self.processing_class.apply_chat_template(whole, tokenize=False, **options)
+        for message in row["completion"]:
+            if isinstance(content := message.get("content"), str) and content.strip() not in text:
                 raise ValueError(
-                    "The chat template renders a prompt otherwise once it is answered, so its `completion` cannot be told apart. Give `prompt` and "
-                    "`completion` as text, or let the teacher write: seq_kd=True."
+                    "The chat template leaves out a part of a `completion` (the thinking of a turn that is over?), and the rest would be learned without "
+                    "it. Give `prompt` and `completion` as text, or let the teacher write: seq_kd=True."
                 )
-            ids = rendered[len(prompt_ids) :]
-        else:
-            ids = self.processing_class(text=row["completion"], add_special_tokens=False)["input_ids"]
-            if not ids or ids[-1] not in self.eos_token_ids:
-                ids = [*ids, self._tokenizer.eos_token_id]
-        return list(ids[: self.max_completion_length])
+        ids = ids[len(prompt_ids) :]
+        # What a template puts behind the end of a turn is never written by a model.
+        ends = [place for place, token in enumerate(ids) if token in self.eos_token_ids]
+        return list(ids[: ends[-1] + 1] if ends else ids)
 
     # What the two backbones gave, kept from one to the other end of a loss that is logged.
 
@@ -260,27 +283,37 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             self._hidden.append(hidden.detach())
         return hidden
 
+    @property
+    def _is_logged(self) -> bool:
+        """Whether what is computed now is part of the next log: of a training, of the step that it is made at."""
+        args, state = self.args, self.state
+        if not self.model.training or args.logging_strategy == "epoch":
+            return True
+        step = state.global_step + 1
+        return (step == 1 and bool(args.logging_first_step)) or step % max(state.logging_steps, 1) == 0
+
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        logs = not self.model.training or (self.state.global_step + 1) % max(self.state.logging_steps, 1) == 0
-        self._hidden = [] if logs else None
+        if not self._is_logged:
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        # All micro-batches of one step, or of one evaluation.
+        at = self.state.global_step if self.model.training else "eval"
+        if at != self._measured_at:
+            self._measured, self._measured_at = [], at
+        self._hidden = []
         try:
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-            self._measured = self._fidelity(unwrapped_student, inputs) if self._hidden else None
+            self._measured.append(self._fidelity(unwrapped_student, inputs))
         finally:
             self._hidden = None
         return result
 
-    def _fidelity(self, student: PeftModel, inputs: dict[str, Any]) -> Fidelity | None:
-        completion = inputs["completion_ids"]
-        counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        chosen = counted.bool()
-        if self._hidden is None or not bool(chosen.any()):
-            return None
+    def _fidelity(self, student: PeftModel, inputs: dict[str, Any]) -> Fidelity:
+        completion, hidden = inputs["completion_ids"], self._hidden or []
+        chosen = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
         ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        seam = find_seam(student)
-        windows = windows_of(seam.config(seam.require_adapter()), ids, mask, completion.shape[1])
-        bounded, full = (hidden[chosen.to(hidden.device)] for hidden in self._hidden)
+        windows = windows_of(active_config(find_seam(student)), ids, mask, completion.shape[1])
+        bounded, full = (rows[chosen.to(rows.device)] for rows in hidden)
         return fidelity(
             (bounded, full),
             (student.get_output_embeddings(), self.teacher_model.get_output_embeddings()),
@@ -290,15 +323,38 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
             self.temperature,
         )
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """TRL's, and the figures of its tokens where it is logged."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        measured, self._measured = self._measured, None
-        if measured is not None:
-            mode = "train" if self.model.training else "eval"
-            for name, figure in measured.figures().items():
-                # Of every process; TRL leaves NaN out of its means.
-                self._metrics[mode][f"pte/{name}"].append(figure.item())
-        return loss
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the figures of the tokens of all processes where they were measured."""
+        measured, self._measured, at = self._measured, [], self._measured_at
+        self._measured_at = None
+        if measured:
+            tokens = Fidelity.joined(measured).gathered(self._of_all_processes)
+            mode = "eval" if at == "eval" else "train"
+            if len(tokens.kl):
+                for name, figure in tokens.figures().items():
+                    # TRL makes None of NaN.
+                    self._metrics[mode][f"pte/{name}"].append(figure.item())
+        super().log(logs, start_time)
+
+    def _of_all_processes(self, rows: Tensor) -> Tensor:
+        gathered: Tensor = self.accelerator.gather(self.accelerator.pad_across_processes(rows, pad_index=math.nan))
+        return gathered
+
+
+def _check_given(data: Any, tools: Any, lmbda: float) -> None:
+    """Refuse data that cannot be learned from where the student does not write.
+
+    Raises:
+        ValueError: Tools would be called, or a column is missing.
+    """
+    if tools:
+        raise ValueError(
+            "`tools` would be called on completions that are given. Let the teacher write what the student does not: seq_kd=True."
+        )
+    # A stream does not always know its columns.
+    names = getattr(data, "column_names", None)
+    if names is not None and "completion" not in names:
+        raise ValueError(
+            f"`train_dataset` must have a column `completion` for the batches that the student does not write (lmbda={lmbda}), got {names}. Add it, "
+            "or let the teacher write them: seq_kd=True."
+        )

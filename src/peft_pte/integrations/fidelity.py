@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,18 @@ class Fidelity:
     """``[N]``, KL from the bounded policy to the full cache's, in nats: the bounded one weighs."""
     windows: Tensor
     """``[N]``, how many thoughts the row holds with this one, in windows; 0 where the cache is unbounded."""
+
+    @staticmethod
+    def joined(parts: Sequence[Fidelity]) -> Fidelity:
+        """All tokens of several."""
+        return Fidelity(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("log_ratio", "kl", "windows"))
+        )
+
+    def gathered(self, gather: Callable[[Tensor], Tensor]) -> Fidelity:
+        """With the tokens of other processes: ``gather`` takes ``[N, 3]``, and may fill rows up with NaN."""
+        rows = gather(torch.stack([self.log_ratio, self.kl, self.windows.to(self.kl.dtype)], dim=1))
+        return Fidelity(*rows[~rows[:, 2].isnan()].unbind(dim=1))
 
     def figures(self) -> dict[str, Tensor]:
         """``ratio_p5``, the 5th percentile of the ratio over tokens (Sparrow, arXiv 2606.08446), ``kl``, and ``kl_to_1w``, ``kl_to_2w``, ``kl_to_4w``
@@ -59,12 +73,8 @@ def fidelity(
         config: Of the text model, which says what it does to the logits of its head.
         temperature: By which they are divided.
 
-    Raises:
-        ValueError: There are no tokens.
     """
-    if not len(tokens):
-        raise ValueError("`tokens` must not be empty. Leave a batch without tokens out.")
-    ratios, divergences = [], []
+    ratios, divergences = [torch.empty(0, device=tokens.device)], [torch.empty(0, device=tokens.device)]
     at_once = max(1, _LOGITS_AT_ONCE // config.vocab_size)
     for start in range(0, len(tokens), at_once):
         part = slice(start, start + at_once)
@@ -74,7 +84,9 @@ def fidelity(
         )
         at = tokens[part, None]
         ratios.append((bounded.gather(1, at) - full.gather(1, at))[:, 0])
-        divergences.append((bounded.exp() * (bounded - full)).sum(dim=-1))
+        gap = bounded - full
+        # What both forbid counts for nothing.
+        divergences.append((bounded.exp() * gap).masked_fill(bounded == -math.inf, 0.0).sum(dim=-1))
     return Fidelity(torch.cat(ratios), torch.cat(divergences), windows)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_pte.config import PTEConfig
 from peft_pte.eviction.records import EvictionMemory
 from peft_pte.seam import Seam
 
@@ -114,7 +115,7 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
         """
         args = trainer.args
         steps: Any = getattr(args, "steps_per_generation", None) or getattr(args, "gradient_accumulation_steps", 1)
-        if not hasattr(args, "num_generations"):
+        if not any(hasattr(args, name) for name in ("num_generations", "max_completion_length", "max_new_tokens")):
             raise ValueError(
                 f"{type(trainer).__name__} rolls nothing out, so there is nothing to remember. Leave the callback out; GRPOTrainer and RLOOTrainer have it."
             )
@@ -171,65 +172,62 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
 class WindowRange(TrainerCallback):  # type: ignore[misc]
     """Draws the window of every training batch, so that one adapter serves many windows and the full cache.
 
-    An adapter that is trained at one window knows that one. Works in any trainer: those that roll out draw when they generate, and score what was
-    generated under the window that it was generated in; the others draw at every optimizer step. Every process draws the same. Evaluations,
-    checkpoints and what comes after the training have the window of the config::
+    An adapter that is trained at one window knows that one. Works in any trainer: those of TRL that buffer what they roll out (GRPO, RLOO,
+    distillation) draw when they generate, and score what was generated under the window that it was generated in; the others draw at every
+    optimizer step. Every process draws the same. Evaluations, checkpoints and what comes after the training have the window of the config::
 
         trainer = SFTTrainer(model=base, peft_config=PTEConfig(cache_window=1024, ...), ...)
         WindowRange.attach(trainer, [768, 1024, 2048, None])
         trainer.train()
-
-    Args:
-        windows: Of thoughts; ``None`` is the full cache. One that is listed twice is drawn twice as often.
-        batches: Micro-batches for which a window holds: those of one rollout.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: There are no windows, or one of them is none for the adapter's config.
     """
 
-    def __init__(self, windows: Sequence[int | None], batches: int, seed: int = 0) -> None:
-        if not windows:
-            raise ValueError(
-                "`windows` must not be empty. Use e.g. [768, 1024, None]; without a range leave the callback out."
-            )
-        if batches < 1:
-            raise ValueError(
-                f"`batches` must be at least 1, got {batches}. Use the micro-batches of a rollout, or of a step."
-            )
-        self.windows, self.batches, self.seed = list(windows), batches, seed
-        self._done = self._part = 0
+    def __init__(self, trainer: Any, windows: Sequence[int | None]) -> None:
+        args = trainer.args
+        rollout: Any = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+        self.windows, self.seed = list(windows), int(args.seed)
+        self._batches = int(rollout) * int(getattr(args, "num_iterations", None) or 1)
+        # Weak, as the trainer holds its callbacks.
+        self._trainer = weakref.ref(trainer)
+        self._part = 0
         self._drawn: int | None = None
         self._own: dict[str, int | None] = {}
 
     @classmethod
     def attach(cls, trainer: Any, windows: Sequence[int | None]) -> WindowRange:
-        """Add the callback to ``trainer``.
+        """Put the callback before all others of ``trainer``; one that is there already is replaced.
 
         Args:
             trainer: A ``transformers.Trainer`` or a trainer of TRL.
-            windows: See above.
+            windows: Of thoughts; ``None`` is the full cache. One that is listed twice is drawn twice as often.
 
         Returns:
             The callback.
 
         Raises:
-            ValueError: The model has no PTE adapter, or see above.
+            ValueError: The model has no active PTE adapter, there are no windows, or one of them is none for the adapter or the trainer.
+            NotImplementedError: The model cannot be bounded by one of them.
         """
-        args = trainer.args
-        rollout: Any = getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
-        callback = cls(windows, int(rollout) * int(getattr(args, "num_iterations", None) or 1), args.seed)
-        seam = find_seam(trainer.model)
-        for window in callback.windows:
-            dataclasses.replace(seam.config(seam.require_adapter()), cache_window=window)
-        trainer.add_callback(callback)
+        if not windows:
+            raise ValueError(
+                "`windows` must not be empty. Use e.g. [768, 1024, None]; without a range leave the callback out."
+            )
+        config = active_config(find_seam(trainer.model))
+        if None in windows and (unbounded := _without_full_cache(trainer.args)):
+            raise ValueError(
+                f"`windows` must not hold None with {unbounded}, which knows no unbounded cache. Use a window that is longer than any completion."
+            )
+        own = config.cache_window
+        try:
+            for window in windows:
+                config.cache_window = window
+        finally:
+            config.cache_window = own
+        callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, cls)]
+        callback = cls(trainer, windows)
+        # Before those that generate or save at the end of a step.
+        callbacks.insert(0, callback)
         return callback
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begin at a rollout, also where a training is taken up again: trainers do."""
-        self._done = 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,24 +240,64 @@ class WindowRange(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The next micro-batch of the same step."""
-        self._done, self._part = self._done + 1, self._part + 1
+        self._part += 1
         self._set(kwargs["model"], state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Give the config its own window back."""
-        self._done += 1
+        self._restore(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same, where a training ends within a step."""
+        self._restore(kwargs["model"])
+
+    def _restore(self, model: nn.Module) -> None:
         for name, window in self._own.items():
-            find_seam(kwargs["model"]).config(name).cache_window = window
+            find_seam(model).config(name).cache_window = window
         self._own = {}
 
     def _set(self, model: nn.Module, state: TrainerState) -> None:
         seam = find_seam(model)
-        name = seam.require_adapter()
-        config = seam.config(name)
-        self._own.setdefault(name, config.cache_window)
-        if self._done % self.batches == 0:
+        config = active_config(seam)
+        self._own.setdefault(seam.require_adapter(), config.cache_window)
+        if self._begins():
             self._drawn = random.Random(f"{self.seed} {state.global_step} {self._part}").choice(self.windows)
         config.cache_window = self._drawn
+
+    def _begins(self) -> bool:
+        """Whether the next micro-batch is the first of its window."""
+        trainer: Any = self._trainer()
+        done = getattr(trainer, "_step", None)
+        if done is None or not hasattr(trainer, "_buffered_inputs"):
+            return self._part == 0
+        # As the trainer itself decides whether to generate.
+        return trainer._buffered_inputs is None or done % self._batches == 0
+
+
+def _without_full_cache(args: Any) -> str:
+    """What a trainer generates with that needs a window, if anything."""
+    if getattr(args, "use_transformers_continuous_batching", False):
+        return "`use_transformers_continuous_batching=True`"
+    given = getattr(args, "generation_kwargs", None) or {}
+    if "static" in (getattr(args, "cache_implementation", None), given.get("cache_implementation")):
+        return '`cache_implementation="static"`'
+    return ""
+
+
+def active_config(seam: Seam) -> PTEConfig:
+    """The config of the active PTE adapter.
+
+    Raises:
+        ValueError: None is active.
+    """
+    adapter = seam.active_adapter()
+    if adapter is None:
+        raise ValueError(
+            "The model's PTE adapter must be active, and is disabled. Use model.enable_adapter_layers() or set_adapter(name)."
+        )
+    return seam.config(adapter)
 
 
 def _add(logs: dict[str, Any], state: TrainerState, figures: dict[str, Any]) -> None:

@@ -243,20 +243,20 @@ def watch_queries(seam: Seam, config: PTEConfig) -> None:
 
 
 def _generate(self: Any, *args: Any, prompt_length: Any = None, return_evictions: bool = False, **kwargs: Any) -> Any:
-    """``generate``, which also takes ``prompt_length``, and decodes with the bounded cache whatever `use_cache` says.
+    """``generate``, which also takes ``prompt_length``, and decodes with the cache of the adapter whatever `use_cache` says.
 
     With ``return_evictions`` (and ``return_dict_in_generate``) its output has ``evictions``: what left, for scoring.
     """
     seam: Seam = getattr(self, ATTRIBUTE)
     adapter = seam.active_adapter()
-    if adapter is not None and seam.config(adapter).cache_window is not None:
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        if kwargs.get("cache_implementation") == "paged":
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+    if adapter is not None:
+        if kwargs.get("cache_implementation") == "paged" and seam.config(adapter).cache_window is not None:
             refuse_generation(GenerationConfig(cache_implementation="paged"), bounded=True)
         if kwargs.get("use_cache", config.use_cache) is False:
-            # Trainers turn the cache off where gradients are checkpointed; the policy is the same with it, and the cache is bounded.
+            # Trainers turn the cache off where gradients are checkpointed. The policy is the same with it, and without a window too its states
+            # are in it.
             kwargs["use_cache"] = True
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
     if return_evictions:
         check_recorded(seam, adapter, kwargs.get("return_dict_in_generate", config.return_dict_in_generate))
     remembers = adapter is not None and seam.remembers(adapter)
