@@ -160,7 +160,7 @@ def report(file: Path = FILE) -> str:
         "spread of a sequence's sum",
     ]
     return (
-        f"{ROWS} texts of {TOKENS} tokens, window {WINDOW}; `{source['command']}`, {source['date'][:10]}; {source['cpu']}, no GPU; torch "
+        f"{rows[0]['tokens'] // (rows[0]['to'] - rows[0]['from'])} texts of {rows[-1]['to']} tokens, window {WINDOW}; `{source['command']}`, {source['date'][:10]}; {source['cpu']}, no GPU; torch "
         f"{source['versions']['torch']}, transformers {source['versions']['transformers']}; commit {source['commit'][:12]}.\n\n"
         + table(head, body, left=2)
     )
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w") as file:
-        print(json.dumps(provenance("python -m benchmarks.half")), file=file, flush=True)
+        print(json.dumps(provenance(f"python -m benchmarks.half --rows {options.rows}")), file=file, flush=True)
         for row in measure(options.arm, options.rows, options.tokens, options.dtype):
             print(json.dumps(row), file=file, flush=True)
             print(row, flush=True)

@@ -50,6 +50,12 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
+def adapter_config(model: Any) -> dict[str, Any]:
+    """The config of a model's adapter as a results file can hold it, without where on this machine the base model lies."""
+    fields = model.peft_config["default"].to_dict()
+    return {name: plain(value) for name, value in fields.items() if name != "base_model_name_or_path"}
+
+
 def plain(value: Any) -> Any:
     """``value`` as a results file can hold it."""
     if isinstance(value, set):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..machine import plain, provenance
+from ..machine import adapter_config, provenance
 from ..small import digest
 from .evaluate import evaluate, frozen_state, swapped_evictions
 from .model import base_model
@@ -75,7 +75,7 @@ def run(settings: Settings, seed: int, device: str, command: str, name: str, sho
     model: Any = base
     if settings.arm != "base":
         model, result["training"] = train(base, settings, seed)
-        result["config"] = {key: plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+        result["config"] = adapter_config(model)
     measure = (EVALUATION_TRACES, settings.window, settings.evict, settings.layers)
     lengths = (96,) if short else EVALUATION_LENGTHS
     result["evaluation"] = [evaluate(model, length, *measure) for length in lengths]

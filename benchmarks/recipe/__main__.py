@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -55,7 +54,16 @@ def main() -> None:
             if (arguments.output / f"{name}-seed-{seed}.json").exists():
                 print(f"{name} seed {seed} is there", flush=True)
                 continue
-            command = "python -m benchmarks.recipe " + " ".join(sys.argv[1:])
+            command = f"python -m benchmarks.recipe run --task {arguments.task} --arm {arm} --stages {' '.join(arguments.stages)} --seed {seed}"
+            command += "".join(
+                f" {option}"
+                for option, given in (
+                    ("--range", arguments.range),
+                    (f"--probe-every {arguments.probe_every}", arguments.probe_every),
+                    (f"--base-seed {arguments.base_seed}", arguments.base_seed is not None),
+                )
+                if given
+            )
             result = run(settings, seed, command, arguments.checkpoints, arguments.base_seed)
             save(result, arguments.output)
             print(summary(result), flush=True)

@@ -31,7 +31,9 @@ Run = dict[str, Any]
 
 def report(folder: Path) -> str:
     """All tables as markdown; the figures go to ``folder``."""
-    runs = same_base(load_runs(folder))
+    runs = load_runs(folder)
+    for task in {run["task"] for run in runs}:
+        same_base([{**run, "settings": {"base_seed": run["base_seed"]}} for run in runs if run["task"] == task])
     draw_windows(runs, folder / "windows.png")
     draw_grpo(runs, folder / "grpo.png")
     parts = [methods(runs), windows(runs), grpo(runs)]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..machine import plain, provenance
+from ..machine import adapter_config, provenance
 from ..memory.evaluate import swapped_evictions
 from ..rl.run import rounded
 from ..small import digest
@@ -64,7 +64,7 @@ def run(
     with model.disable_adapter():
         result["base_full_cache"] = task.evaluate(model, None, COUNT[task.name])
     trained_at = settings.config(task).cache_window
-    result["config"] = {key: plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+    result["config"] = adapter_config(model)
     result["stages"], done = [], 0
 
     def probe(step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from ..machine import ROOT, plain, provenance
+from ..machine import ROOT, adapter_config, provenance
 from ..memory.evaluate import swapped_evictions
 from ..small import digest
 from .evaluate import evaluate
@@ -54,7 +54,7 @@ def run(
     result["base_weights"] = digest(base)
     result["base_greedy_full_cache"] = solved(base, settings.base_seed)
     model = adapt(base, settings, seed)
-    result["config"] = {key: plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+    result["config"] = adapter_config(model)
     result["trained_parameters"] = sum(part.numel() for part in model.parameters() if part.requires_grad)
     batch = QUICK_PROBLEMS if quick else EVALUATION_PROBLEMS
 
