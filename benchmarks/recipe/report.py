@@ -204,9 +204,10 @@ def draw_windows(runs: Sequence[Run], path: Path) -> None:
             sizes = [row["window"] for row in part[0]["evaluation"]]
             means = [sum(at(run, size)[key]["accuracy"] for run in part) / len(part) for size in sizes]
             stroke = ":" if kind == "grpo" else "-" if part[0]["settings"]["ranged"] else "--"
-            label = f"{ARM_NAMES[part[0]['arm']].replace('`', '')}, {KINDS[kind]}" + (
-                ", windows drawn" if part[0]["settings"]["ranged"] else ""
-            )
+            stages = part[0]["settings"]["stages"]
+            how = f"GRPO after {KINDS[stages[-2]['kind']]}" if kind == "grpo" else KINDS[kind]
+            drawn = ", windows drawn" if part[0]["settings"]["ranged"] else ""
+            label = f"{ARM_NAMES[part[0]['arm']].replace('`', '')}, {how}{drawn}"
             axis.plot(
                 range(len(sizes)), means, stroke, marker="o", markersize=4, color=COLOURS[part[0]["arm"]], label=label
             )
