@@ -342,12 +342,10 @@ class PTECache(Cache):
             ValueError: The policy looks at queries, and would not get those before: they are forgotten.
         """
         rows = self.rows
-        if rows is None:
+        if rows is None or not rows.can_take_back(thoughts):
             return False
         for count, back in zip(rows.bound, thoughts, strict=True):
             kept = count - back
-            if self._evictions_of(kept) != self._evictions_of(count):
-                return False
             window, step = rows.window, rows.step
             written = 0 if is_due(kept, window, step) else until_due(kept, window, step)
             if back and written < self.policy.observed:
@@ -356,7 +354,8 @@ class PTECache(Cache):
                     f"by the queries of the last {self.policy.observed}, of which those before the hidden ones are forgotten. Prefill the conversation again "
                     "without the cache, or use a policy that looks at no queries."
                 )
-        return rows.take_back(thoughts)
+        rows.take_back(thoughts)
+        return True
 
     def replace_rows(self, rows: Sequence[int], other: PTECache) -> None:
         """Let ``rows`` be those of ``other``, states and all: nothing of what they were is seen again.

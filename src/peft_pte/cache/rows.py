@@ -146,16 +146,19 @@ class Rows:
         self.ended = ~self.running
         self.bound, self.running, self._lists = self.thoughts.tolist(), None, {}
 
-    def take_back(self, thoughts: Sequence[int]) -> bool:
-        """Forget the last ``thoughts`` of each row; False, and nothing is done, where one of them evicted something."""
-        after = [count - back for count, back in zip(self.bound, thoughts, strict=True)]
-        for count, kept in zip(self.bound, after, strict=True):
-            before, now = (evictions_before(number - 1, self.window, self.step) for number in (count, kept))
-            if kept < 0 or (kept < count and before != now):
+    def can_take_back(self, thoughts: Sequence[int]) -> bool:
+        """Whether the last ``thoughts`` of each row are there and evicted nothing."""
+        for count, back in zip(self.bound, thoughts, strict=True):
+            before, now = (evictions_before(number - 1, self.window, self.step) for number in (count, count - back))
+            if back > count or (back and before != now):
                 return False
+        return True
+
+    def take_back(self, thoughts: Sequence[int]) -> None:
+        """Forget the last ``thoughts`` of each row, which evicted nothing."""
+        after = [count - back for count, back in zip(self.bound, thoughts, strict=True)]
         self.bound, self._lists = after, {}
         self.thoughts = torch.tensor(after, device=self.device)
-        return True
 
     def begin(self, columns: int, mask: Tensor | None) -> None:
         """Take ``columns`` slots of prompt more; ``mask [B, columns]`` is False where a row does not use one, ``None``: all do."""

@@ -227,10 +227,10 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
         return batch
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        if not self._writes_itself() and not self.args.seq_kd:
+        student = self._writes_itself()
+        if not student and not self.args.seq_kd:
             return [self._given_completion(row, ids) for row, ids in zip(self._rows, prompt_ids, strict=True)]
-        teacher = contextlib.nullcontext() if self._writes_itself() else self.teacher_model.in_place()
-        with teacher:
+        with contextlib.nullcontext() if student else self.teacher_model.in_place():
             written: list[list[int]] = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return written
 
