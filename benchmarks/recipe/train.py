@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ARMS: dict[str, dict[str, Any]] = {
     "slots": {"encoder_attention": "slots"},
+    "slots-key_diff": {"encoder_attention": "slots", "eviction": "key_diff"},
     "softmax": {"encoder_attention": "softmax"},
     "linear": {"encoder_attention": "linear"},
     "global-only": {"encoder_attention": "slots", "state_update": "frozen"},
