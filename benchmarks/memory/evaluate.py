@@ -44,11 +44,18 @@ def buckets(traces: Traces, window: int, evict: int, layers: int, far: int | Non
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, length: int, batch: int, window: int, evict: int, layers: int, far: int | None = None
+    model: nn.Module,
+    length: int,
+    batch: int,
+    window: int,
+    evict: int,
+    layers: int,
+    far: int | None = None,
+    shift: int = 0,
 ) -> dict[str, Any]:
     """Recall of ``model`` on ``batch`` traces of ``length`` thoughts, by bucket and by distance in half windows."""
     device = next(model.parameters()).device
-    traces = make_traces(batch, length, torch.Generator().manual_seed(EVALUATION_SEED + length))
+    traces = make_traces(batch, length, torch.Generator().manual_seed(EVALUATION_SEED + length), shift)
     adapted = hasattr(model, "peft_config")
     right, running = [], []
     for start in range(0, batch, MICRO_BATCH):

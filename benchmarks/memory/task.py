@@ -66,8 +66,10 @@ def held(stated: Tensor, asked: Tensor, window: int, evict: int) -> Tensor:
     return stated - PROMPT >= gone(asked - PROMPT, window, evict)
 
 
-def make_traces(batch: int, length: int, generator: torch.Generator) -> Traces:
+def make_traces(batch: int, length: int, generator: torch.Generator, shift: int = 0) -> Traces:
     """``batch`` traces of ``length`` thoughts, a quarter of whose events are facts and a quarter questions.
+
+    With a ``shift`` the answer is the value that many places on, modulo their number: another task, which a base model is yet to learn.
 
     Raises:
         ValueError: ``length`` is no multiple of an event's tokens, or has more facts than there are keys.
@@ -90,7 +92,8 @@ def make_traces(batch: int, length: int, generator: torch.Generator) -> Traces:
 
     tokens = FIRST_FILLER + torch.randint(FILLERS, (batch, events, EVENT), generator=generator)
     _write(tokens, places[:, :, 0], (EQUALS, keys, values), (1, 0, 2))
-    _write(tokens, places[:, :, 1], (ASK, keys, values), (0, 1, 2))
+    answer = FIRST_VALUE + (values - FIRST_VALUE + shift) % VALUES
+    _write(tokens, places[:, :, 1], (ASK, keys, answer), (0, 1, 2))
     _write(tokens, state_places, (STEP, FIRST_STATE + state % STATES, FIRST_STATE + (state + 1) % STATES), (0, 1, 2))
 
     input_ids = torch.cat([torch.full((batch, PROMPT), BOS), tokens.flatten(start_dim=1)], dim=1)

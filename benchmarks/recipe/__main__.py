@@ -12,7 +12,7 @@ from ..machine import ROOT
 from .run import RESULTS, TASKS, name_of, run, save, summary
 from .train import ARMS, Settings, Stage
 
-RATES = {"supervise": 6e-3, "distil": 6e-3, "grpo": 3e-4}
+RATES = {"supervise": 6e-3, "distil": 6e-3, "grpo": 3e-4, "lora": 3e-3}
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from ..memory.evaluate import swapped_evictions
 from ..rl.run import rounded
 from ..small import digest
 from .notes import Notes
-from .tasks import Memory, Permutation, Task
-from .train import Settings, adapt, run_stage
+from .tasks import Memory, Permutation, Shifted, Task
+from .train import Settings, adapt, from_lora, run_stage
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TASKS: dict[str, Task] = {task.name: task for task in (Permutation(), Memory(), Notes())}
-COUNT = {"permutation": 1024, "memory": 512, "notes": 16}
+TASKS: dict[str, Task] = {task.name: task for task in (Permutation(), Memory(), Shifted(), Notes())}
+COUNT = {"permutation": 1024, "memory": 512, "shifted": 512, "notes": 16}
 """Sequences of an evaluation."""
-PROBED = {"permutation": 512, "memory": 128, "notes": 4}
+PROBED = {"permutation": 512, "memory": 128, "shifted": 128, "notes": 4}
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,9 @@ def run(
         "base_weights": digest(base),
         "curve": [],
     }
-    model = adapt(base, settings, task, seed)
+    first = settings.stages[0]
+    converted = first.kind == "lora"
+    model = from_lora(base, settings, task, first, seed) if converted else adapt(base, settings, task, seed)
     with model.disable_adapter():
         result["base_full_cache"] = task.evaluate(model, None, COUNT[task.name])
     trained_at = settings.config(task).cache_window

@@ -2,6 +2,7 @@
 
 * ``permutation``: :mod:`benchmarks.rl.task` cut down until supervision needs some 200 steps from chance to 95 %: six steps, one question, a window of 8.
 * ``memory``: :mod:`benchmarks.memory.task`, traces of 96 thoughts, a window of 32. Traces are given, as the base model writes none.
+* ``shifted``: the same, with answers that the base model is yet to learn.
 * ``notes``: :mod:`.notes`, SmolLM2-135M-Instruct on notes that are asked for after they left a window of 128.
 """
 
@@ -137,7 +138,7 @@ class Memory(Task):
     window, windows, probe = 32, (32, 48, 64, None), (24, 32, 48, 64, None)
     prompt_end = memory.PROMPT
     given = True
-    length = 96
+    length, shift = 96, 0
 
     def base(self, seed: int) -> LlamaForCausalLM:
         """That of :mod:`benchmarks.memory`."""
@@ -145,12 +146,12 @@ class Memory(Task):
 
     def make(self, count: int, generator: torch.Generator) -> Batch:
         """Traces; the labels are the answers."""
-        traces = memory.make_traces(count, self.length, generator)
+        traces = memory.make_traces(count, self.length, generator, self.shift)
         return Batch(traces.input_ids, traces.answers, memory.PROMPT)
 
     def data(self, count: int, generator: torch.Generator) -> Dataset:
         """All of a trace after its first token is the completion."""
-        ids = memory.make_traces(count, self.length, generator).input_ids.tolist()
+        ids = memory.make_traces(count, self.length, generator, self.shift).input_ids.tolist()
         texts = [" ".join(_word(token) for token in row) for row in ids]
         return Dataset.from_dict(
             {"prompt": [text.split(" ")[0] for text in texts], "completion": [text.split(" ", 1)[1] for text in texts]}
@@ -177,6 +178,7 @@ class Memory(Task):
                 evict_of(window) or 1,
                 LAYERS,
                 far=LAYERS * self.window,
+                shift=self.shift,
             )
         buckets = found["buckets"]
         return {
@@ -186,3 +188,13 @@ class Memory(Task):
             "evicted": buckets["evicted"],
             "running": found["running"],
         }
+
+
+class Shifted(Memory):
+    """The same, and the answer is the value three places on: what a LoRA has learned on a full cache before it is converted."""
+
+    name, shift = "shifted", 3
+
+    def base(self, seed: int) -> LlamaForCausalLM:
+        """That of memory, which answers with the value itself."""
+        return memory_model.base_model(seed, LAYERS, folder=BASES / Memory.name)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from peft_pte import PTEConfig
+from peft_pte import PTEConfig, convert_lora
 from peft_pte.integrations.distillation import SelfDistillationConfig, SelfDistillationTrainer
 from peft_pte.integrations.trl import WindowRange
 
@@ -47,7 +47,7 @@ class Stage:
     """One part of a recipe, as ``distil:400`` or ``grpo:3000,beta=0.1`` on the command line."""
 
     kind: str
-    """``supervise``, ``distil``, ``grpo``."""
+    """``supervise``, ``distil``, ``grpo``; first of all ``lora``: supervision of peft's own LoRA on the full cache, which is then converted."""
     steps: int
     rate: float
     beta: float | None = None
@@ -114,6 +114,33 @@ def adapt(base: LlamaForCausalLM, settings: Settings, task: Task, seed: int) -> 
     return get_peft_model(base, settings.config(task))
 
 
+def from_lora(base: LlamaForCausalLM, settings: Settings, task: Task, stage: Stage, seed: int) -> PeftModel:
+    """``base`` with a LoRA of the arm's rank and linears, supervised on the full cache, converted into the arm."""
+    torch.manual_seed(seed)
+    config = settings.config(task)
+    # peft's "all-linear" is what PTE takes by itself.
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=int(config.scale(config.r) * config.r),
+        target_modules="all-linear",
+    )
+    model = get_peft_model(base, lora)
+    training = _training(model, stage)
+    generator = torch.Generator().manual_seed(4000 + seed)
+    model.train()
+    for _ in range(stage.steps):
+        batch = task.make(task.batch, generator)
+        training.step(model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss)
+    fields = {"prompt_end": task.prompt_end, "cache_window": task.window, "num_global_tokens": settings.rank}
+    return convert_lora(model, **fields, **ARMS[settings.arm], **settings.overrides)
+
+
+def _training(model: PeftModel, stage: Stage) -> Training:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Training(parameters, rate=stage.rate, rise=RISE, decay=stage.steps, floor=0.0)
+
+
 def run_stage(
     model: PeftModel, settings: Settings, task: Task, stage: Stage, seed: int, probe: Probe, folder: Path | None = None
 ) -> dict[str, Any]:
@@ -129,7 +156,7 @@ def run_stage(
         folder: Where checkpoints are kept, to go on from; ``None``: nowhere.
     """
     began, cpu = time.perf_counter(), time.process_time()
-    kinds = {"supervise": _supervise, "distil": _distil, "grpo": _grpo}
+    kinds = {"supervise": _supervise, "distil": _distil, "grpo": _grpo, "lora": _was_converted}
     logs = kinds[stage.kind](model, settings, task, stage, seed, probe, folder)
     return {
         "stage": asdict(stage),
@@ -142,8 +169,7 @@ def run_stage(
 def _supervise(
     model: PeftModel, settings: Settings, task: Task, stage: Stage, seed: int, probe: Probe, folder: Path | None
 ) -> list[dict[str, Any]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = Training(parameters, rate=stage.rate, rise=RISE, decay=stage.steps, floor=0.0)
+    training = _training(model, stage)
     generator = torch.Generator().manual_seed(2000 + seed)
     config = model.peft_config[model.active_adapter]
     draws, logs = random.Random(seed), []
@@ -160,6 +186,11 @@ def _supervise(
         if settings.probe_every and step % settings.probe_every == 0:
             probe(step)
     return logs
+
+
+def _was_converted(*_: Any) -> list[dict[str, Any]]:
+    """A ``lora`` stage was run before the adapter was there: :func:`from_lora`."""
+    return []
 
 
 class _Probe(TrainerCallback):  # type: ignore[misc]

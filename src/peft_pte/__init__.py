@@ -11,6 +11,7 @@ from .chat import prompt_end
 from .config import PTEConfig
 from .eviction.policy import EvictionPolicy, Window, register_eviction
 from .eviction.records import Evictions
+from .tuner.convert import convert_lora
 from .tuner.importance import head_importance
 from .tuner.model import PTEModel
 
@@ -22,6 +23,7 @@ __all__ = [
     "PTEModel",
     "Window",
     "__version__",
+    "convert_lora",
     "head_importance",
     "prompt_end",
     "register_eviction",
