@@ -14,6 +14,7 @@ from weakref import WeakSet
 from peft.config import PeftConfig
 
 from ._peft_type import PTE
+from .card import add_section
 from .eviction import policies as policies  # registers them
 from .eviction.policy import make_policy
 from .lora_fields import explain_argument, explain_attribute, is_lora_field
@@ -40,19 +41,8 @@ LIVE_FIELDS = (
 )
 """Fields that every call reads: a new value acts on adapters that exist. All others are built into an adapter."""
 
-_CARD_USAGE = """
-## How to load this adapter
-
-This adapter was trained with [Progressive Thought Encoding](https://huggingface.co/papers/2602.16839). Its method is
-registered with peft by the package `peft-pte`, which has to be imported before peft reads the adapter:
-
-```python
-import peft_pte  # registers the method with peft
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/adapter")
-```
-"""
+FORMAT_VERSION = 1
+"""Of a saved adapter. A reader refuses what is newer than itself, as fields that it does not know would be left out."""
 
 
 class BuiltAdapter(Protocol):
@@ -74,6 +64,9 @@ def _explains_lora_fields(cls: type[_Config]) -> type[_Config]:
         for name, value in kwargs.items():
             if is_lora_field(name):
                 raise TypeError(explain_argument(name, value))
+        if "peft_version" in kwargs and "format_version" not in kwargs:
+            # A file from before formats were numbered holds all fields that there were then.
+            kwargs = {"state_address": "value", **kwargs}
         generated(self, *args, **kwargs)
 
     cls.__init__ = init  # type: ignore[method-assign]
@@ -148,6 +141,7 @@ class PTEConfig(PeftConfig):
             with ``offload``); ``False``: those of all layers of one pass, so give a short ``segment_length``.
         offload: With gradient checkpointing, whether a scoring call keeps what its backward pass starts from on the CPU:
             keys and values of past passes and, with ``recompute_layers``, the inputs of their layers.
+        format_version: Of the saved form of the adapter; leave it alone.
 
     Raises:
         ValueError: A field has a value that cannot work; the message names the field, the requirement, the value and
@@ -221,6 +215,10 @@ class PTEConfig(PeftConfig):
     )
     offload: bool = field(
         default=False, metadata={"help": "Keep what the backward pass starts from on the CPU; not saved."}
+    )
+
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Of the saved form of the adapter; leave it alone."}
     )
 
     @classmethod
@@ -306,12 +304,21 @@ class PTEConfig(PeftConfig):
         self._built.add(adapter)
 
     def _check(self) -> None:
+        self._check_format()
         self._check_numbers()
         self._check_switches()
         self._check_choices()
         self._check_targets()
         self._check_lengths()
         self._check_prompt_end()
+
+    def _check_format(self) -> None:
+        _require_int("format_version", self.format_version, 1, "Leave it out")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` must be at most {FORMAT_VERSION}, got {self.format_version}: the adapter was saved by a newer peft_pte, and what this "
+                "one does not know of it would be left out. Upgrade peft_pte."
+            )
 
     def _check_numbers(self) -> None:
         _require_int("r", self.r, 1, "Use r=32 as in the paper")
@@ -466,14 +473,7 @@ class PTEConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as peft does, and tell the model card beside it how to load a method that peft does not ship."""
         super().save_pretrained(save_directory, **kwargs)
-        card = os.path.join(save_directory, "README.md")
-        if not os.path.isfile(card):
-            return
-        with open(card, encoding="utf-8") as file:
-            text = file.read()
-        if "import peft_pte" not in text:
-            with open(card, "w", encoding="utf-8") as file:
-                file.write(text.rstrip("\n") + "\n" + _CARD_USAGE)
+        add_section(os.path.join(save_directory, "README.md"), self)
 
 
 _OWN_FIELDS = frozenset(f.name for f in fields(PTEConfig)) - {f.name for f in fields(PeftConfig)}

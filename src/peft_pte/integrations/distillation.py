@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DistillationConfig, DistillationTrainer, is_conversational
 
 from .fidelity import Fidelity, fidelity, windows_of
-from .trl import active_config, find_seam
+from .trl import active_config, describe_adapter, find_seam
 
 
 @dataclass
@@ -335,6 +335,11 @@ class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
                     # TRL makes None of NaN.
                     self._metrics[mode][f"pte/{name}"].append(figure.item())
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, and the part about the adapter."""
+        super().create_model_card(*args, **kwargs)
+        describe_adapter(self)
 
     def _of_all_processes(self, rows: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(self.accelerator.pad_across_processes(rows, pad_index=math.nan))

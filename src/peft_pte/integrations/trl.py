@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_pte.card import add_section
 from peft_pte.config import PTEConfig
 from peft_pte.eviction.records import EvictionMemory
 from peft_pte.seam import Seam
 
 # Where wrappers keep what they wrap: parallel wrappers, torch.compile.
 _WRAPPED = ("module", "_orig_mod")
+
+
+def _create_model_card(trainer: Any, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """What ``trainer`` writes, and the part about the adapter."""
+    write(*args, **kwargs)
+    describe_adapter(trainer)
+
+
+def describe_adapter(trainer: Any) -> None:
+    """Add to the model card in the output folder of ``trainer`` what the adapter is and how it is loaded."""
+    if trainer.is_world_process_zero():
+        config = active_config(find_seam(trainer.accelerator.unwrap_model(trainer.model)))
+        add_section(os.path.join(trainer.args.output_dir, "README.md"), config)
 
 
 class PTECallback(TrainerCallback):  # type: ignore[misc]
@@ -37,6 +53,8 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
     def attach(cls, trainer: Any) -> PTECallback:
         """Put the callback before all others of ``trainer``, reporters included; one that is there already moves.
 
+        The model card that the trainer writes then says of the adapter what a saved one's says: how it is loaded, its window, where prompts end.
+
         Args:
             trainer: A ``transformers.Trainer`` or a trainer of TRL.
 
@@ -47,6 +65,8 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
         found = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if found is not None:
             callbacks.remove(found)
+        else:
+            trainer.create_model_card = functools.partial(_create_model_card, trainer, trainer.create_model_card)
         callback = found or cls()
         callbacks.insert(0, callback)
         return callback

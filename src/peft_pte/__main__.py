@@ -1,0 +1,36 @@
+"""``python -m peft_pte PROGRAM ARGUMENTS...``: run another package's command with the method registered.
+
+Programs that load an adapter by its folder know peft's own methods alone. Started so they know this one: ``python -m peft_pte lm_eval --model hf
+--model_args pretrained=BASE,peft=ADAPTER --tasks gsm8k``. It reaches this process; processes that the program starts have to import the package
+themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+import peft_pte as peft_pte
+
+
+def main() -> None:
+    """Run the command that the first argument names.
+
+    Raises:
+        SystemExit: There is none of that name, or the command ends so.
+    """
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        raise SystemExit(f"{__doc__}")
+    found = entry_points(group="console_scripts", name=sys.argv[1])
+    if not found:
+        raise SystemExit(
+            f"No installed package has the command {sys.argv[1]!r}. Give the name that it has in a terminal, as lm_eval, "
+            "or import peft_pte in a script of your own."
+        )
+    command = next(iter(found)).load()
+    sys.argv = sys.argv[1:]
+    raise SystemExit(command())
+
+
+if __name__ == "__main__":
+    main()
