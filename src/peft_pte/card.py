@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .config import PTEConfig
+from typing import Any
 
 _BEGIN, _END = "<!-- peft-pte:begin -->", "<!-- peft-pte:end -->"
 
@@ -39,8 +36,8 @@ The weight differs for every sequence, so it cannot be merged.
 """
 
 
-def section(config: PTEConfig) -> str:
-    """The part of a card that is about an adapter of ``config``, in Markdown."""
+def section(config: Any) -> str:
+    """The part of a card that is about an adapter of ``config``, a ``PTEConfig``, in Markdown."""
     base = config.base_model_name_or_path or "the base model"
     if config.cache_window is None:
         cache = "unbounded: nothing leaves it"
@@ -73,7 +70,7 @@ def section(config: PTEConfig) -> str:
     return _SECTION.format(rows=table, base=config.base_model_name_or_path or "BASE_MODEL")
 
 
-def add_section(card: str | Path, config: PTEConfig) -> None:
+def add_section(card: str | Path, config: Any) -> None:
     """Add the part about ``config`` to the file ``card``, or renew it there; no file, nothing happens."""
     path = Path(card)
     if not path.is_file():

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..config import PTEConfig
 from ..lora_fields import LACKING, RENAMED
@@ -134,6 +134,9 @@ def _named(lora: LoraConfig) -> Any:
     """The base model that the config names."""
     if lora.base_model_name_or_path is None:
         raise ValueError("`base` must be given: the LoRA's config names no base model. Load it and pass it.")
+    # Its import takes longer than that of all of this package.
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(lora.base_model_name_or_path, revision=lora.revision, dtype="auto")
 
 
