@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import LoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
@@ -291,6 +292,23 @@ def test_adapted_output_head(targets):
 def test_targets_that_are_no_linear_layers():
     with pytest.raises(TypeError, match=r"must name nn\.Linear or transformers' Conv1D layers, got LlamaRMSNorm"):
         get_peft_model(make_base("llama"), config(target_modules=["input_layernorm"]))
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("how", ["get_peft_model", "from_pretrained"])
+def test_offloaded_weights(place, how, tmp_path):
+    make_pte().save_pretrained(tmp_path / "adapter")
+    base = make_base("llama")
+    if place == "disk":
+        base = disk_offload(base, tmp_path / "offload", execution_device="cpu")
+    else:
+        base = cpu_offload(base, execution_device="cpu")
+    make = {
+        "get_peft_model": lambda: get_peft_model(base, PTEConfig()),
+        "from_pretrained": lambda: PeftModel.from_pretrained(base, tmp_path / "adapter"),
+    }
+    with pytest.raises(NotImplementedError, match=r"Weights of the base model are offloaded.*device_map"):
+        make[how]()
 
 
 def test_not_a_transformers_model():

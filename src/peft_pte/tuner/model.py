@@ -46,6 +46,21 @@ class _Built:
         self.config.hold(self)
 
 
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Refuse weights that accelerate fetches for each call.
+
+    Raises:
+        NotImplementedError: A layer's weights are elsewhere between calls.
+    """
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+            raise NotImplementedError(
+                f"Weights of the base model are offloaded (`{name}`): an adapter stands beside weights that are there. Load the base without offloading, "
+                "with a `device_map` over devices that hold it, or quantised; to train in less memory use gradient checkpointing and PTEConfig(offload=True)."
+            )
+
+
 class PTEModel(BaseTuner):
     """Progressive Thought Encoding (arXiv 2602.16839) on a causal LM of transformers.
 
@@ -126,6 +141,7 @@ class PTEModel(BaseTuner):
                 f"PTE adapts transformers' causal LMs, whose cache it bounds; got {type(model).__name__}. Pass a "
                 "PreTrainedModel."
             )
+        _refuse_offloaded(model)
         config: PTEConfig = self.peft_config[adapter_name]
         # Before the first adapted layer stands in the way of the probes.
         seam = Seam.of(model) or install(model)
