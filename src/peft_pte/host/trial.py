@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -261,6 +262,9 @@ def _stand_in(module: nn.Module) -> nn.Module:
     and all have to find the same.
     """
     parameters = list(module.parameters())
+    if any(is_traceable_wrapper_subclass(part.data) for part in parameters):
+        # Quantised tensors: other numbers cannot be put in their place, and every process loads its own.
+        return module
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     empty = any(not bool(part.any()) for part in parameters if part.ndim == 2 and part.is_floating_point())
     if not (several or empty) or not all(part.is_floating_point() for part in parameters):
