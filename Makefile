@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: install demo demo-short test test-slow lint types format benchmark benchmark-quick benchmark-gpu build clean
+.PHONY: install demo demo-short test test-slow test-quantized lint types format benchmark benchmark-quick benchmark-gpu build clean
 
 install: $(STAMP)
 
@@ -27,6 +27,12 @@ demo-short: install
 
 test: install
 	$(BIN)/python -m pytest -n auto -m "not slow"
+
+# After all others: what it installs says much on standard error wherever peft is imported.
+test-quantized: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quantized]'
+	$(BIN)/python -m pytest tests/integrations/test_quantized.py
+	$(BIN)/pip uninstall --quiet --yes bitsandbytes torchao
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,6 @@
 """Tables and plots from the results: ``python -m benchmarks report [--results FOLDER ...] [--stdout]``.
 
-Everything goes between the markers of benchmarks/README.md, what a reader needs first between those of the README, settings of a
+Everything goes between the markers of benchmarks/README.md, what a reader needs first between those of docs/performance.md, settings of a
 training step between those of docs/memory.md, what the paper's protocol takes between those of examples/paper/README.md. Results
 of several folders, and of one case run in pieces (`--peers kvpress` in an environment of its own), are put together where
 their devices are the same. What a CPU timed is given as ratios within its run.
@@ -426,7 +426,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for path, name, brief in (
         (ROOT / "benchmarks" / "README.md", "benchmarks", False),
-        (ROOT / "README.md", "performance", True),
+        (ROOT / "docs" / "performance.md", "performance", True),
     ):
         path.write_text(tables.insert(path.read_text(), render(results, brief), name))
         print(f"Wrote {path.relative_to(ROOT)}")

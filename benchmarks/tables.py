@@ -1,6 +1,6 @@
-"""Tables and plot from the results: ``python -m benchmarks.tables [--stdout] [--readme README.md]``.
+"""Tables and plot from the results: ``python -m benchmarks.tables [--stdout] [--page docs/performance.md]``.
 
-The tables go between the markers ``<!-- figures:begin -->`` and ``<!-- figures:end -->`` of the README, the plot to
+The tables go between the markers ``<!-- figures:begin -->`` and ``<!-- figures:end -->`` of docs/performance.md, the plot to
 ``results/memory.png``.
 """
 
@@ -195,7 +195,7 @@ def insert(text: str, block: str, name: str = "figures") -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"The README must hold the lines `{begin}` and `{end}` once each, in this order. Add them.")
+        raise ValueError(f"The page must hold the lines `{begin}` and `{end}` once each, in this order. Add them.")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Render the tables and draw the plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "figures.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--stdout", action="store_true", help="print the tables; write nothing")
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text())
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stdout:
         print(block)
         return
-    options.readme.write_text(insert(options.readme.read_text(), block))
+    options.page.write_text(insert(options.page.read_text(), block))
     draw(results, RESULTS / "memory.png")
 
 

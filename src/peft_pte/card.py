@@ -43,7 +43,7 @@ def section(config: Any) -> str:
         cache = "unbounded: nothing leaves it"
     else:
         cache = (
-            f"the prompt and the last {config.cache_window} tokens after it; {config.tokens_per_eviction} leave at a time, chosen by "
+            f"the prompt and {config.cache_window} tokens after it; {config.tokens_per_eviction} leave at a time, chosen by "
             f"`{config.eviction}`"
         )
     end = config.prompt_end

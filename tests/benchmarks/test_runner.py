@@ -169,7 +169,7 @@ def test_peers_of_two_files_share_a_table(tmp_path):
 
 def test_committed_results_render_into_the_readmes():
     results = report.load([ROOT / "benchmarks" / "results"])
-    for path, name in (("README.md", "performance"), ("benchmarks/README.md", "benchmarks")):
+    for path, name in (("docs/performance.md", "performance"), ("benchmarks/README.md", "benchmarks")):
         text = (ROOT / path).read_text()
         assert insert(text, report.render(results, name == "performance"), name) == text, (
             "run python -m benchmarks report"

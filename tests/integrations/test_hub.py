@@ -100,7 +100,10 @@ def test_a_model_is_pushed_and_comes_back(hub, base_folder):
     [
         (
             {"prompt_end": [7, 8], "cache_window": 12},
-            ["the last 12 tokens after it; 3 leave at a time, chosen by `sliding_window`", "after the tokens `[7, 8]`"],
+            [
+                "the prompt and 12 tokens after it; 3 leave at a time, chosen by `sliding_window`",
+                "after the tokens `[7, 8]`",
+            ],
         ),
         ({"prompt_end": 4, "eviction": "random"}, ["after its first 4 tokens", "chosen by `random`"]),
         ({"encoder_attention": "slots"}, ["what each call shows", "5 x 4 per sequence", "written by `slots`"]),
@@ -127,8 +130,8 @@ def test_a_card_follows_its_adapter(tmp_path):
     model.peft_config["default"].cache_window = 16
     model.save_pretrained(tmp_path)
     text = card.read_text()
-    assert "the last 16 tokens" in text
-    assert "the last 8 tokens" not in text
+    assert "the prompt and 16 tokens" in text
+    assert "the prompt and 8 tokens" not in text
     assert text.count("My own words.") == 1
 
 

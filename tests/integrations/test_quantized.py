@@ -12,8 +12,8 @@ from tests.cases import make_base
 from tests.helpers import SMALL, make_prompts, roll_out, thought_logits
 from tests.integrations.common import make_tokenizer, pte_config
 
-pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'peft-pte[test]'")
-torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'peft-pte[test]'")
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'peft-pte[quantized]'")
+torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'peft-pte[quantized]'")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 HOW = {
