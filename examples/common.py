@@ -76,7 +76,7 @@ ADAPTER: dict[str, Any] = {
     "num_global_tokens": 16,
     "state_update": "progressive",
     "state_address": "key",
-    "encoder_attention": "linear",
+    "encoder_attention": "slots",
 }
 """What an adapter is, where the command line does not say so."""
 

@@ -21,13 +21,13 @@ from .variants import install, share_state
 
 log = logging.getLogger(__name__)
 
-# What makes an arm, as overrides of PTEConfig. `pte` is its defaults; `base` is the model itself with its full cache: nothing is trained.
+# What makes an arm, as overrides of PTEConfig. `pte` is its defaults with the paper's encoder; `base` is the model itself with its full cache: nothing is trained.
 ARMS: dict[str, dict[str, Any] | None] = {
     "base": None,
-    "pte": {},
+    "pte": {"encoder_attention": "linear"},
     "pte-slots": {"encoder_attention": "slots"},
-    "pte-value": {"state_address": "value"},
-    "global-only": {"state_update": "frozen"},
+    "pte-value": {"encoder_attention": "linear", "state_address": "value"},
+    "global-only": {"encoder_attention": "linear", "state_update": "frozen"},
     "lora": {"state_update": "off"},
     "lora-detached": {"state_update": "off", "backprop_through_cache": False},
 }

@@ -82,6 +82,7 @@ class Settings:
             "cache_window": self.window,
             "evict_ratio": self.evict_ratio,
             "state_update": update,
+            "encoder_attention": "linear",
         }
         return PTEConfig(**{**fields, **self.overrides})
 

@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 ARMS: dict[str, dict[str, Any]] = {
     "lora-full": {"state_update": "off", "cache_window": None},
     "lora": {"state_update": "off"},
-    "global-only": {"state_update": "frozen"},
-    "pte": {},
+    # Of the paper's encoder, where a setting does not say otherwise.
+    "global-only": {"state_update": "frozen", "encoder_attention": "linear"},
+    "pte": {"encoder_attention": "linear"},
 }
 # Supervised steps of the adapter under its own cache, before GRPO.
 PROTOCOLS = {"straight": 0, "warm": 300}

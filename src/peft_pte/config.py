@@ -112,9 +112,9 @@ class PTEConfig(PeftConfig):
         eviction_options: Fields of the policy, as ``{"queries": 16}`` for ``"attention"``.
         num_global_tokens: Rows ``Q`` of the state, learned tokens that ask the questions (paper: 32). ``0`` starts
             from an empty state and keeps one learned query per rank.
-        encoder_attention: ``"linear"``: the paper's ``S' = (W_Q h_g)(W_K K)^T (W_V V)``; ``"softmax"``: the same with a
-            softmax over the evicted tokens; ``"slots"``: with a softmax over the rows of the state, so that each token is
-            shared out among them and what is written to one leaves the others alone.
+        encoder_attention: How the evicted tokens share the rows of the state. ``"linear"``: the paper's
+            ``S' = (W_Q h_g)(W_K K)^T (W_V V)``; ``"slots"``, the default: with a softmax over the rows, so that what is written to one
+            leaves the others alone, which remembers more (docs/evidence.md); ``"softmax"``: over the evicted tokens.
         update_gain: Factor on ``S'`` before it is added to the state.
         state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
@@ -183,7 +183,7 @@ class PTEConfig(PeftConfig):
     )
     num_global_tokens: int = field(default=32, metadata={"help": "Rows of the thought state; 0: no global start."})
     encoder_attention: Literal["linear", "softmax", "slots"] = field(
-        default="linear", metadata={"help": "Attention of the encoder over the evicted tokens."}
+        default="slots", metadata={"help": "Attention of the encoder over the evicted tokens."}
     )
     update_gain: float = field(default=1.0, metadata={"help": "Factor on an update of the state."})
     state_update: Literal["progressive", "frozen", "off"] = field(

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_pte.integrations.distillation import SelfDistillationConfig, SelfDistillationTrainer
-from peft_pte.integrations.trl import WindowRange, find_seam
+from peft_pte.integrations.trl import RecordedEvictions, WindowRange, find_seam
 from tests.integrations.common import (
     COMPLETION,
     WINDOW,
@@ -270,3 +270,18 @@ def test_what_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="must carry a PTE adapter"):
         WindowRange.attach(lora, WINDOWS)
+
+
+def test_choices_are_recorded_under_drawn_windows_where_the_config_has_none(tmp_path):
+    trainer = make_grpo(tmp_path, max_steps=6, logging_steps=1)
+    config = trainer.model.peft_config["default"]
+    config.eviction, config.cache_window = "key_diff", None
+    with pytest.raises(ValueError, match="attach it after WindowRange"):
+        RecordedEvictions.attach(trainer)
+    WindowRange.attach(trainer, [WINDOW, None])
+    RecordedEvictions.attach(trainer)
+    trainer.train()
+    shares = [row["pte/recorded_rows"] for row in trainer.state.log_history if "pte/recorded_rows" in row]
+    assert shares
+    assert set(shares) == {1.0}
+    assert window_of(trainer) is None

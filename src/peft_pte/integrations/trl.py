@@ -140,22 +140,28 @@ class RecordedEvictions(TrainerCallback):  # type: ignore[misc]
                 f"{type(trainer).__name__} rolls nothing out, so there is nothing to remember. Leave the callback out; GRPOTrainer and RLOOTrainer have it."
             )
         callback = cls(rows=2 * int(steps) * int(args.per_device_train_batch_size))
-        callback.begin(trainer.model)
+        drawn = any(isinstance(each, WindowRange) for each in trainer.callback_handler.callbacks)
+        callback.begin(trainer.model, drawn)
         trainer.add_callback(callback)
         return callback
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, drawn: bool = False) -> None:
         """Begin to remember what leaves sequences that ``model`` writes.
+
+        Args:
+            model: The adapted model.
+            drawn: Whether windows are drawn, so that there are some where the config has none.
 
         Raises:
             ValueError: The model has no PTE adapter, or nothing is chosen.
         """
         seam = find_seam(model)
         adapter = seam.active_adapter()
-        if adapter is None or seam.config(adapter).cache_window is None or seam.policy(adapter).uniform:
+        unbounded = adapter is not None and seam.config(adapter).cache_window is None and not drawn
+        if adapter is None or unbounded or seam.policy(adapter).uniform:
             raise ValueError(
                 'Nothing is chosen with eviction="sliding_window" or without a window: the oldest leave, and scoring knows them by itself. Leave the '
-                "callback out."
+                "callback out; or attach it after WindowRange, if that draws windows."
             )
         seam.memory = EvictionMemory(self.rows)
 
