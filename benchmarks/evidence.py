@@ -1,4 +1,4 @@
-"""Tables and figures of docs/evidence.md, docs/evidence_log.md and docs/eviction.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
+"""Tables and figures of docs/evidence.md, docs/evidence_log.md, docs/eviction.md and docs/lora.md from the committed results: ``python -m benchmarks.evidence [--stdout]``.
 
 Each section is rendered by the benchmark it comes from, between its markers; text outside of the markers is written by hand.
 """
@@ -22,13 +22,15 @@ from .rl import report as rl
 from .rl.run import RESULTS as RL
 from .tables import insert
 
-EVIDENCE, LOG, EVICTION = (ROOT / "docs" / name for name in ("evidence.md", "evidence_log.md", "eviction.md"))
+PAGES = ("evidence.md", "evidence_log.md", "eviction.md", "lora.md")
+EVIDENCE, LOG, EVICTION, LORA = (ROOT / "docs" / name for name in PAGES)
 SECTIONS: dict[str, tuple[Callable[[Path], str], Path, Path]] = {
     "recipe": (recipe.report, RECIPE, EVIDENCE),
     "recipe-tuning": (recipe.tuning, RECIPE / "tuning", LOG),
     "memory": (memory.report, MEMORY, LOG),
     "rl": (rl.report, RL, LOG),
     "reasoning": (reasoning.report, REASONING, LOG),
+    "shifted": (recipe.converted, RECIPE / "converted", LORA),
     "eviction": (memory.report_evictions, MEMORY / "eviction", EVICTION),
 }
 """By marker: what renders the results of a folder, the folder, the document."""
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--stdout", action="store_true", help="print the documents; leave the files as they are")
     options = parser.parse_args(arguments)
-    for document in (EVIDENCE, LOG, EVICTION):
+    for document in (EVIDENCE, LOG, EVICTION, LORA):
         text = render(document)
         if options.stdout:
             print(text)

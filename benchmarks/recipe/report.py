@@ -22,8 +22,9 @@ ARM_NAMES = {
     "linear": "PTE, linear",
     "softmax": "PTE, softmax",
     "slots": "PTE, slots",
+    "slots-key_diff": "PTE, slots, `key_diff`",
 }
-KINDS = {"supervise": "supervision", "distil": "distillation", "grpo": "GRPO"}
+KINDS = {"supervise": "supervision", "distil": "distillation", "grpo": "GRPO", "lora": "LoRA on the full cache"}
 COLOURS = {name: f"C{index}" for index, name in enumerate(ARM_NAMES)}
 
 Run = dict[str, Any]
@@ -108,7 +109,7 @@ def methods(runs: Sequence[Run]) -> str:
     """Supervision and distillation at equal steps, by task."""
     tables = []
     for task in dict.fromkeys(run["task"] for run in runs):
-        extra = ["running state"] if task == "memory" else ["perplexity"] if task == "notes" else []
+        extra = {"memory": ["running state"], "notes": ["KL by windows, nats", "perplexity"]}.get(task, [])
         rows = []
         for part in groups(runs, task=task):
             if is_grpo(part[0]) or part[0]["settings"]["ranged"]:
@@ -119,6 +120,8 @@ def methods(runs: Sequence[Run]) -> str:
             if task == "memory":
                 cells.append(percent([trained(run)["running"] for run in part]))
             elif task == "notes":
+                kl = zip(*(trained(run)["kl_by_windows"] for run in part), strict=True)
+                cells.append(", ".join(f"{sum(values) / len(part):.3f}" for values in kl))
                 cells.append(f"{sum(trained(run)['perplexity'] for run in part) / len(part):.2f}")
             rows.append(cells)
         first = {"permutation": "all answers", "memory": "beyond relay", "notes": "out of the window"}[task]
@@ -127,8 +130,33 @@ def methods(runs: Sequence[Run]) -> str:
         ]
         head = ["arm", "recipe", "seeds", first, "in the window", "evicted", "evicted, another's state", *extra]
         title = f"**{task.capitalize()}: right at the trained window, %.** The base model with its full cache: {percent([row['all' if 'all' in row else 'recall'] for row in base])}."
+        if task == "notes":
+            title += f" Its perplexity: {base[0]['perplexity']:.2f}."
         tables.append(_table(head, rows, title))
     return "\n\n".join(part for part in tables if part)
+
+
+def curves(runs: Sequence[Run], task: str) -> str:
+    """Recall and what is in the window over the steps of a task's runs, from the probes on the way."""
+    found = [part for part in groups(runs, task=task) if part[0]["curve"]]
+    steps = [row["step"] for row in found[0][0]["curve"]] if found else []
+    rows = []
+    for part in found:
+        first = part[0]["curve"][0]["step"]
+        for name in ("recall", "in_window"):
+            cells = [ARM_NAMES[part[0]["arm"]], recipe(part[0]), seeds(part), name.replace("_", " ")]
+            for place in range(len(steps)):
+                values = [100 * run["curve"][place][name] for run in part]
+                spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
+                cells.append(f"{sum(values) / len(values):.0f}{spread}")
+            rows.append(cells)
+    head = ["arm", "recipe", "seeds", "", *(str(step - first) for step in steps)]
+    return _table(head, rows, f"**{task.capitalize()}: right at the trained window, %, by step.**")
+
+
+def converted(folder: Path) -> str:
+    """Runs that go on from a converted LoRA beside runs that start from nothing."""
+    return curves(load_runs(folder), "shifted")
 
 
 def windows(runs: Sequence[Run]) -> str:

@@ -85,7 +85,7 @@ def run(
         kept = None if folder is None else folder / f"{result['name']}-seed-{seed}" / str(index)
         part = run_stage(model, settings, task, stage, seed, probe, kept)
         result["stages"].append(part | {"after": task.evaluate(model, trained_at, COUNT[task.name])})
-        done += stage.steps
+        done += 0 if stage.kind == "lora" else stage.steps
     probed = (trained_at,) if trained_at is None else task.probe
     result["evaluation"] = [{"window": window, **task.evaluate(model, window, COUNT[task.name])} for window in probed]
     if settings.config(task).state_update == "progressive":

@@ -13,13 +13,13 @@ from benchmarks.recipe.tasks import BASES
 from benchmarks.recipe.train import ARMS, Settings, Stage
 from benchmarks.small import digest
 
-RATES = {"supervise": 6e-3, "distil": 2e-3, "grpo": 3e-4}
+RATES = {"supervise": 6e-3, "distil": 2e-3, "grpo": 3e-4, "lora": 3e-3}
 COUNT = 32
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name in ("permutation", "memory"):
+    for name in ("permutation", "memory", "shifted"):
         monkeypatch.setitem(run.__globals__["COUNT"], name, COUNT)
         monkeypatch.setitem(run.__globals__["PROBED"], name, COUNT)
         monkeypatch.setattr(type(TASKS[name]), "batch", 4)
@@ -78,6 +78,15 @@ def test_traces_are_given(tmp_path):
     assert result["stages"][1]["logs"] == [] or "pte/ratio_p5" in result["stages"][1]["logs"][0]
     save(result, tmp_path)
     assert "beyond relay" in report.report(tmp_path)
+
+
+def test_a_converted_lora_goes_on(tmp_path):
+    what = settings("shifted", "lora:2", "supervise:2", probe_every=1)
+    for one in (what, settings("shifted", "supervise:2", probe_every=1)):
+        save(run(one, 0, "-"), tmp_path)
+    text = report.converted(tmp_path)
+    assert "LoRA on the full cache 2 (0.003), then supervision 2 (0.006)" in text
+    assert text.count("| PTE, slots |") == 4
 
 
 def test_data_are_the_sequences_of_supervision():
