@@ -294,6 +294,17 @@ def test_targets_that_are_no_linear_layers():
         get_peft_model(make_base("llama"), config(target_modules=["input_layernorm"]))
 
 
+def test_a_model_that_could_not_be_adapted_is_as_it_was():
+    base = make_base("llama")
+    ids = torch.arange(1, 9)[None]
+    expected = base(ids).logits
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must not reach the output head"):
+            get_peft_model(base, config(target_modules=r".*q_proj|lm_head"))
+        assert torch.equal(base(ids).logits, expected)
+        assert not [name for name, _ in base.named_modules() if "pte" in name or "thought" in name]
+
+
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 @pytest.mark.parametrize("how", ["get_peft_model", "from_pretrained"])
 def test_offloaded_weights(place, how, tmp_path):

@@ -203,6 +203,46 @@ def test_what_cannot_be_converted(how, fields, message):
         convert_lora(lora, **fields, **FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("how", "fields"),
+    [
+        ({"r": 20}, {}),
+        ({"target_modules": r".*\.(q_proj|lm_head)|lm_head"}, {}),
+        ({}, {"eviction": "head_budget", "eviction_options": {"importance": [[1.0, 2.0]]}}),
+        ({"modules_to_save": ["lm_head"], "r": 20}, {}),
+    ],
+    ids=str,
+)
+def test_after_an_error_the_lora_is_there_still(how, fields):
+    lora = trained_lora(dtype=torch.float32, **how)
+    expected = logits(lora)
+    with pytest.raises((ValueError, NotImplementedError)):
+        convert_lora(lora, **fields, **FIELDS)
+    assert torch.equal(logits(lora), expected)
+    assert not [name for name, _ in lora.named_modules() if "pte" in name or "thought" in name]
+    assert any(value.requires_grad for name, value in lora.named_parameters() if "lora_A" in name)
+
+
+def test_a_base_that_was_given_is_as_it_was_after_an_error(tmp_path):
+    lora = trained_lora(r=20)
+    lora.save_pretrained(tmp_path)
+    base = make_base("llama", attn_implementation="sdpa").double()
+    expected = logits(base)
+    with pytest.raises(ValueError, match="at most the width"):
+        convert_lora(tmp_path, base, **FIELDS)
+    assert torch.equal(logits(base), expected)
+    assert not [name for name, _ in base.named_modules() if "pte" in name or "thought" in name]
+
+
+def test_a_scale_that_was_changed_counts():
+    lora = trained_lora()
+    for module in lora.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.25)
+    expected = logits(lora)
+    assert_close(logits(convert_lora(lora, **FIELDS).eval()), expected, scale=10.0)
+
+
 def test_sources_that_are_no_lora(tmp_path):
     base = make_base("llama")
     with pytest.raises(TypeError, match="must be a PeftModel or the folder of a saved LoRA, got LlamaForCausalLM"):

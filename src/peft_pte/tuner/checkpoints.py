@@ -157,6 +157,16 @@ def _load(
             model._weight_conversions = kept
 
 
+def unwrap(model: nn.Module, saved_modules: bool = True) -> None:
+    """Put the linears of ``model`` back in their places, and with ``saved_modules`` what was wrapped to be trained in full."""
+    kinds = (PTELinear, AuxiliaryTrainingWrapper) if saved_modules else (PTELinear,)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, kinds):
+            parent, _, child = name.rpartition(".")
+            inner = module.base_layer if isinstance(module, PTELinear) else module.original_module
+            setattr(model.get_submodule(parent), child, inner)
+
+
 def _take_back(model: Any, adapter_name: str, before: _Before) -> None:
     """Remove an adapter that could not be loaded; where it was the first, the model is its base model again."""
     with warnings.catch_warnings():
@@ -164,12 +174,7 @@ def _take_back(model: Any, adapter_name: str, before: _Before) -> None:
         model.delete_adapter(adapter_name)
     left = getattr(model, "peft_config", {})
     if not any(isinstance(config, PTEConfig) for config in left.values()):
-        unwrapped = (PTELinear,) if left else (PTELinear, AuxiliaryTrainingWrapper)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, unwrapped):
-                parent, _, child = name.rpartition(".")
-                inner = module.base_layer if isinstance(module, PTELinear) else module.original_module
-                setattr(model.get_submodule(parent), child, inner)
+        unwrap(model, saved_modules=not left)
         remove(Seam.require(model))
     elif before.active:
         for module in model.modules():

@@ -7,7 +7,14 @@ import os
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from peft.utils.other import get_pattern_key
@@ -19,6 +26,8 @@ from ..lora_fields import LACKING, RENAMED
 from ..method.encoder import PTEEncoder
 from ..method.layer import PTELinear, weight_of
 from ..seam import Seam
+from .checkpoints import unwrap
+from .install import remove
 
 _CARRIED = (
     "task_type",
@@ -60,7 +69,8 @@ def convert_lora(
     weights than the rollout (``dropout=`` brings it back).
 
     Args:
-        source: A model with one LoRA adapter, which is taken off it: use what is returned from then on. Or the folder or hub id of a saved LoRA.
+        source: A model with one LoRA adapter, which is taken off it: use what is returned from then on (after an error it has its LoRA still). Or the
+            folder or hub id of a saved LoRA.
         base: The model to adapt, for a saved LoRA; ``None``: the one that its config names is loaded, in its own dtype.
         fields: Of the :class:`~peft_pte.PTEConfig`, as ``cache_window`` and ``prompt_end``. ``r`` (default: LoRA's) may be larger than LoRA's, for a
             larger state; ``num_global_tokens`` is at least the largest rank (default: that, or 32 where it is less).
@@ -84,21 +94,59 @@ def convert_lora(
             f"`source` must be a PeftModel or the folder of a saved LoRA, got {type(source).__name__}. Save it with save_pretrained(folder) and give the folder."
         )
     downs, ups, others = _parts(weights)
-    # Before the LoRA is taken off a model, which is not undone.
     config = _config(lora, downs, fields)
-    base = _unloaded(source) if isinstance(source, PeftModel) else base or _named(lora)
-    model = get_peft_model(base, config, adapter_name=name)
-    with torch.no_grad():
-        seam = Seam.require(base)
-        for encoder in (module for module in base.modules() if isinstance(module, PTEEncoder)):
-            _start(encoder, name)
-        linears = {key: module for key, module in base.named_modules() if isinstance(module, PTELinear)}
-        _require_same(set(downs), set(linears))
-        for key, linear in linears.items():
-            state = seam.encoder(linear.layer_index).initial_state(name)
-            _carry(linear, name, _scale(lora, key), downs[key], ups[key], state)
-        _carry_modules(base, name, others)
+    scales = {key: _scale(lora, key) for key in downs}
+    if isinstance(source, PeftModel):
+        # They can have been changed since.
+        scales |= {key: layer.scaling[name] for key, layer in _layers(source) if name in layer.scaling}
+        base = _unloaded(source)
+    else:
+        base = base or _named(lora)
+    try:
+        model = get_peft_model(base, config, adapter_name=name)
+        with torch.no_grad():
+            _fill(base, name, downs, ups, scales, others)
+    except BaseException:
+        if (seam := Seam.of(base)) is not None:
+            unwrap(base)
+            remove(seam)
+        if isinstance(source, PeftModel):
+            _put_back(source, name, weights, scales)
+        raise
     return model
+
+
+def _fill(
+    base: Any,
+    adapter: str,
+    downs: dict[str, Tensor],
+    ups: dict[str, Tensor],
+    scales: dict[str, float],
+    others: dict[str, Tensor],
+) -> None:
+    """Let the fresh ``adapter`` compute what the LoRA did."""
+    seam = Seam.require(base)
+    for encoder in (module for module in base.modules() if isinstance(module, PTEEncoder)):
+        _start(encoder, adapter)
+    linears = {key: module for key, module in base.named_modules() if isinstance(module, PTELinear)}
+    _require_same(set(downs), set(linears))
+    for key, linear in linears.items():
+        state = seam.encoder(linear.layer_index).initial_state(adapter)
+        _carry(linear, adapter, scales[key], downs[key], ups[key], state)
+    _carry_modules(base, adapter, others)
+
+
+def _layers(source: PeftModel) -> list[tuple[str, LoraLayer]]:
+    return [(key, module) for key, module in source.base_model.model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _put_back(source: PeftModel, adapter: str, weights: dict[str, Tensor], scales: dict[str, float]) -> None:
+    """Give ``source`` its LoRA again."""
+    source.base_model.inject_adapter(source.base_model.model, adapter)
+    set_peft_model_state_dict(source, weights, adapter_name=adapter)
+    for key, layer in _layers(source):
+        layer.scaling[adapter] = scales[key]
+        layer.train(source.training)
 
 
 def _of_model(source: PeftModel) -> tuple[str, LoraConfig, dict[str, Tensor]]:
@@ -190,9 +238,10 @@ def _config(lora: LoraConfig, downs: dict[str, Tensor], fields: dict[str, Any]) 
         raise ValueError(
             f"`{clash[0]}` must be left out: it is the LoRA's. Convert, and change a copy of the config afterwards."
         )
-    rank = fields.pop("r", lora.r)
+    rank = fields.pop("r", None) or lora.r
     largest = max([rank, *(down.shape[0] for down in downs.values())])
-    tokens = fields.pop("num_global_tokens", max(32, largest))
+    tokens = fields.pop("num_global_tokens", None)
+    tokens = max(32, largest) if tokens is None else tokens
     if rank < lora.r:
         raise ValueError(f"`r` must be at least the LoRA's, {lora.r}, got {rank}. Leave it out.")
     if tokens < largest:
@@ -251,7 +300,9 @@ def _start(encoder: PTEEncoder, adapter: str) -> None:
     tokens = math.sqrt(rank) * shares @ directions
     weight_of(encoder.pte_global_tokens[adapter]).zero_()[:, :width].copy_(tokens)
     for projection in (encoder.pte_query, encoder.pte_key, encoder.pte_value):
-        weight_of(projection[adapter]).zero_()[:, :width].copy_(directions / math.sqrt(3))
+        # What is lost moves the state little at first, and with it the LoRA; S0, whose rows have one length, is the same.
+        share = 0.1 if projection is encoder.pte_value else 1.0
+        weight_of(projection[adapter]).zero_()[:, :width].copy_(share * directions / math.sqrt(3))
 
 
 def _carry(linear: PTELinear, adapter: str, scale: float, down: Tensor, up: Tensor, state: Tensor) -> None:

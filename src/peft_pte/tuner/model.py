@@ -20,7 +20,7 @@ from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam
-from .checkpoints import check_adapter_state_dict, watch
+from .checkpoints import check_adapter_state_dict, unwrap, watch
 from .install import install, remove, watch_queries
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
@@ -143,6 +143,7 @@ class PTEModel(BaseTuner):
             )
         _refuse_offloaded(model)
         config: PTEConfig = self.peft_config[adapter_name]
+        first = not any(isinstance(module, PTELayer) for module in model.modules())
         # Before the first adapted layer stands in the way of the probes.
         seam = Seam.of(model) or install(model)
         try:
@@ -157,7 +158,8 @@ class PTEModel(BaseTuner):
             seam.find_groups()
             watch_queries(seam, config)
         except BaseException:
-            if not any(isinstance(module, PTELayer) for module in model.modules()):
+            if first:
+                unwrap(model, saved_modules=False)
                 remove(seam)
             raise
         if by_default:
