@@ -294,6 +294,14 @@ def test_targets_that_are_no_linear_layers():
         get_peft_model(make_base("llama"), config(target_modules=["input_layernorm"]))
 
 
+@pytest.mark.parametrize("name", ["self_attn", "layers", "model"])
+def test_attention_layers_that_are_trained_in_full(name):
+    base = make_base("llama")
+    with pytest.raises(ValueError, match="`modules_to_save` must not hold attention layers"):
+        get_peft_model(base, config(modules_to_save=[name]))
+    get_peft_model(base, config(modules_to_save=["mlp", "lm_head"], target_modules=["q_proj"]))
+
+
 def test_a_model_that_could_not_be_adapted_is_as_it_was():
     base = make_base("llama")
     ids = torch.arange(1, 9)[None]

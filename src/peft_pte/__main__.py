@@ -1,6 +1,6 @@
 """``python -m peft_pte PROGRAM ARGUMENTS...``: run another package's command with the method registered.
 
-Programs that load an adapter by its folder know peft's own methods alone. Started so they know this one: ``python -m peft_pte lm_eval --model hf
+Programs that load an adapter by its folder know peft's own methods alone. Started so they know this one: ``python -m peft_pte lm_eval run --model hf
 --model_args pretrained=BASE,peft=ADAPTER --tasks gsm8k``. It reaches this process; processes that the program starts have to import the package
 themselves.
 """
@@ -19,8 +19,11 @@ def main() -> None:
     Raises:
         SystemExit: There is none of that name, or the command ends so.
     """
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        raise SystemExit(f"{__doc__}")
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     found = entry_points(group="console_scripts", name=sys.argv[1])
     if not found:
         raise SystemExit(

@@ -31,7 +31,7 @@ model.generate(**inputs, max_new_tokens=65536)  # in the bounded cache, by itsel
 ```
 
 Programs that load adapters themselves are started through it, as
-`python -m peft_pte lm_eval --model hf --model_args pretrained={base},peft=path/to/this/adapter --tasks gsm8k`.
+`python -m peft_pte lm_eval run --model hf --model_args pretrained={base},peft=path/to/this/adapter --tasks gsm8k`.
 The weight differs for every sequence, so it cannot be merged.
 """
 
@@ -68,6 +68,12 @@ def section(config: Any) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _SECTION.format(rows=table, base=config.base_model_name_or_path or "BASE_MODEL")
+
+
+def is_card(path: str | Path) -> bool:
+    """Whether the file is a card of an adapter, and not any README."""
+    file = Path(path)
+    return file.is_file() and "library_name: peft" in file.read_text(encoding="utf-8")
 
 
 def add_section(card: str | Path, config: Any) -> None:

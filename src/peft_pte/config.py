@@ -14,7 +14,7 @@ from weakref import WeakSet
 from peft.config import PeftConfig
 
 from ._peft_type import PTE
-from .card import add_section
+from .card import add_section, is_card
 from .eviction import policies as policies  # registers them
 from .eviction.policy import make_policy
 from .lora_fields import explain_argument, explain_attribute, is_lora_field
@@ -473,7 +473,12 @@ class PTEConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as peft does, and tell the model card beside it how to load a method that peft does not ship."""
         super().save_pretrained(save_directory, **kwargs)
-        add_section(os.path.join(save_directory, "README.md"), self)
+        card = os.path.join(save_directory, "README.md")
+        above = os.path.join(os.path.dirname(os.path.abspath(save_directory)), "README.md")
+        if not os.path.isfile(card) and is_card(above):
+            # An adapter of another name than "default" lies in a folder of its own, below the card.
+            card = above
+        add_section(card, self)
 
 
 _OWN_FIELDS = frozenset(f.name for f in fields(PTEConfig)) - {f.name for f in fields(PeftConfig)}

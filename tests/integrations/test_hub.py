@@ -117,7 +117,7 @@ def test_the_card_says_what_the_adapter_is(fields, sentences, tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    for sentence in [*sentences, "import peft_pte", "python -m peft_pte lm_eval", f"files | {FORMAT_VERSION} |"]:
+    for sentence in [*sentences, "import peft_pte", "python -m peft_pte lm_eval run", f"files | {FORMAT_VERSION} |"]:
         assert card.count(sentence) >= 1, sentence
     assert card.count("## Progressive Thought Encoding") == 1
 
@@ -240,3 +240,13 @@ def test_an_adapter_from_before_formats_were_numbered(tmp_path):
 def test_a_format_is_a_number():
     with pytest.raises(TypeError, match="`format_version` must be an integer"):
         PTEConfig(format_version="1")
+
+
+def test_an_adapter_of_another_name_has_its_card(tmp_path):
+    from peft import get_peft_model
+
+    model = get_peft_model(make_base("llama"), PTEConfig(task_type="CAUSAL_LM", **SMALL), adapter_name="chat")
+    (tmp_path / "README.md").write_text("# Somebody's project\n")
+    model.save_pretrained(tmp_path / "saved")
+    assert "## Progressive Thought Encoding" in (tmp_path / "saved" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == "# Somebody's project\n"

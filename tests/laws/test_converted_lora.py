@@ -171,7 +171,9 @@ def test_embeddings_that_were_resized(tmp_path):
     torch.manual_seed(0)
     base = make_base("llama", attn_implementation="sdpa").double()
     base.resize_token_embeddings(70)
-    assert_close(logits(convert_lora(tmp_path, base, **FIELDS).eval()), expected, scale=10.0)
+    with pytest.warns(UserWarning, match="save_embedding_layers=True"):
+        converted = convert_lora(tmp_path, base, **FIELDS).eval()
+    assert_close(logits(converted), expected, scale=10.0)
 
 
 def test_every_field_of_lora_is_decided_on():
@@ -232,6 +234,20 @@ def test_a_base_that_was_given_is_as_it_was_after_an_error(tmp_path):
         convert_lora(tmp_path, base, **FIELDS)
     assert torch.equal(logits(base), expected)
     assert not [name for name, _ in base.named_modules() if "pte" in name or "thought" in name]
+
+
+def test_a_lora_of_another_base(tmp_path):
+    trained_lora().save_pretrained(tmp_path)
+    base = make_base("llama", attn_implementation="sdpa", intermediate_size=64)
+    with pytest.raises(
+        ValueError, match=r"`model.layers.0.mlp.down_proj` must be of the base model's size.*another base model"
+    ):
+        convert_lora(tmp_path, base, **FIELDS)
+
+
+def test_the_mode_is_kept():
+    for training in (True, False):
+        assert convert_lora(trained_lora().train(training), **FIELDS).training is training
 
 
 def test_a_scale_that_was_changed_counts():

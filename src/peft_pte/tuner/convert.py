@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def convert_lora(
         if isinstance(source, PeftModel):
             _put_back(source, name, weights, scales)
         raise
-    return model
+    return model.train(source.training) if isinstance(source, PeftModel) else model
 
 
 def _fill(
@@ -131,6 +132,12 @@ def _fill(
     linears = {key: module for key, module in base.named_modules() if isinstance(module, PTELinear)}
     _require_same(set(downs), set(linears))
     for key, linear in linears.items():
+        widths = ups[key].shape[0], downs[key].shape[1]
+        if widths != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"The LoRA's `{key}` must be of the base model's size, {(linear.out_features, linear.in_features)} (out, in), got {widths}. Was it "
+                "trained on another base model?"
+            )
         state = seam.encoder(linear.layer_index).initial_state(adapter)
         _carry(linear, adapter, scales[key], downs[key], ups[key], state)
     _carry_modules(base, adapter, others)
@@ -329,6 +336,12 @@ def _carry_modules(base: nn.Module, adapter: str, others: dict[str, Tensor]) -> 
             module = base.get_submodule(path)
             inner = module.modules_to_save[adapter] if isinstance(module, ModulesToSaveWrapper) else module
             held = getattr(inner, parameter)
+            if inner is module:
+                warnings.warn(
+                    f"The LoRA was saved with `{name}` of its base model, which is copied. Save what comes of it with save_embedding_layers=True.",
+                    UserWarning,
+                    stacklevel=4,
+                )
         except AttributeError as error:
             raise ValueError(
                 f"The LoRA was saved with `{name}`, which the base model lacks. Give the base model that it was trained on."

@@ -150,6 +150,7 @@ class PTEModel(BaseTuner):
             check_config(model, seam.found, config)
             keep_unknown_rotation(seam.found, config)
             PTECache(seam.text_config, config)
+            self._refuse_saved_attention(config, seam)
             watch(model, adapter_name, self.prefix)
             by_default = config.target_modules is None
             self._ranks: dict[int, int] = {}
@@ -258,6 +259,18 @@ class PTEModel(BaseTuner):
                 encoder.update_layer(adapter_name, config, rank, site.evicts)
             encoder.built[adapter_name] = built
             self._set_trainable(encoder, adapter_name, config)
+
+    def _refuse_saved_attention(self, config: PTEConfig, seam: Seam) -> None:
+        """Refuse to train attention layers in full: their encoders would be copied with them, and their files could not be read."""
+        for name in config.modules_to_save or ():
+            for path, module in self.model.named_modules():
+                if path != name and not path.endswith(f".{name}"):
+                    continue
+                if any(site.attention is each for each in module.modules() for site in seam.sites.values()):
+                    raise ValueError(
+                        f"`modules_to_save` must not hold attention layers, got {name!r} (`{path}`): an encoder stands in each. Name what is in them, as "
+                        "modules_to_save=['o_proj'], or leave it to the adapters."
+                    )
 
     def _set_trainable(self, layer: PTELayer, adapter_name: str, config: PTEConfig) -> None:
         active = adapter_name in self.active_adapters and not config.inference_mode
