@@ -547,6 +547,7 @@ CHANGED = {
     "state_address": "value",
     "key_rotation": "kept",
     "impl": "reference",
+    "format_version": 2,
 }
 OWN = {field.name for field in dataclasses.fields(PTEConfig)} - {field.name for field in dataclasses.fields(PeftConfig)}
 

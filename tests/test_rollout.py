@@ -59,7 +59,7 @@ class StopAtCall(StoppingCriteria):
 PROCESSING = {
     "repetition_penalty": {"repetition_penalty": 1.8},
     "ngrams": {"no_repeat_ngram_size": 2, "bad_words_ids": [[3], [5, 9]]},
-    "new_tokens": {"min_new_tokens": 9, "begin_suppress_tokens": [4, 8, 15]},
+    "new_tokens": {"min_new_tokens": 9, "begin_suppress_tokens": [4, 30, 34], "eos_token_id": 22},
     "length": {"min_length": 14, "exponential_decay_length_penalty": (6, 1.05)},
     "total": {"max_new_tokens": None, "max_length": 20, "forced_eos_token_id": 7},
     "encoder": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1},

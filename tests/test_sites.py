@@ -220,7 +220,8 @@ def test_two_widths_are_what_they_say():
     torch.manual_seed(0)
     beside = torch.nn.Linear(3, 3).double()
     encoder = PTEEncoder(beside, (6, 2), (None, None))
-    encoder.update_layer("default", PTEConfig(r=4, num_global_tokens=5, cache_window=8, init_weights=False), 4)
+    fields = {"r": 4, "num_global_tokens": 5, "cache_window": 8, "init_weights": False, "encoder_attention": "linear"}
+    encoder.update_layer("default", PTEConfig(**fields), 4)
     key, value = encoder.pte_key["default"].weight, encoder.pte_value["default"].weight
     assert (key.shape, value.shape) == ((4, 6), (4, 2))
     tokens = encoder.pte_global_tokens["default"].weight

@@ -106,7 +106,8 @@ def test_scoring_equals_the_rollout(name, attention):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_gradients_with_and_without_checkpoints(name):
-    model = make_hybrid(name)
+    # In float64, to float32's tolerance: these models norm in float32, and a softmax over the rows of a state makes more of it.
+    model = make_hybrid(name).double()
     batch = roll_out(model, make_prompts(PROMPTS), 4 * WINDOW).truncated(4 * WINDOW)
     expected, loss = gradients(model.train(), batch)
     assert all(part.abs().max() > 0 for part in expected.values())
@@ -116,9 +117,9 @@ def test_gradients_with_and_without_checkpoints(name):
     for length in (None, 7, 10_000):
         model.peft_config["default"].segment_length = length
         actual, checkpointed = gradients(model, batch)
-        assert_close(checkpointed, loss)
+        assert_close(checkpointed, loss, torch.float32)
         for key, part in expected.items():
-            assert_close(actual[key] / largest, part / largest, scale=5)
+            assert_close(actual[key] / largest, part / largest, torch.float32, scale=5)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
