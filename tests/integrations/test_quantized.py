@@ -83,9 +83,10 @@ def test_an_adapter_is_saved_and_loaded(how, folder, tmp_path):
     loaded = PeftModel.from_pretrained(load(folder, how), tmp_path).eval()
     held = {name: value for name, value in model.state_dict().items() if ".pte_" in name}
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in held.items())
+    # bitsandbytes packs weights anew at the first token that is decoded on a CPU, and rounds otherwise from then on.
+    roll_out(loaded, make_prompts(), 30)
     with torch.no_grad():
-        difference = (thought_logits(loaded, batch) - expected).abs().max()
-    assert difference < (1e-3 if how in EXACT else STEP)
+        assert torch.equal(thought_logits(loaded, batch), expected)
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -286,9 +286,15 @@ def _undisturbed(backbone: nn.Module) -> Iterator[None]:
     """Within the block the model is in evaluation mode, and neither gradients nor random numbers are anybody's."""
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
+    # On a CPU bitsandbytes packs the weights of these anew, and for good, when it first reads a token in evaluation mode.
+    packing = [module for module in backbone.modules() if type(module).__name__ == "Linear4bit"]
+    for module in packing:
+        module.training = True
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
+        for module in packing:
+            module.training = False
         for module in training:
             module.training = True
