@@ -245,6 +245,15 @@ def test_a_lora_of_another_base(tmp_path):
         convert_lora(tmp_path, base, **FIELDS)
 
 
+def test_a_base_that_has_an_adapter_keeps_it(tmp_path):
+    trained_lora().save_pretrained(tmp_path)
+    model = make_pte(dtype=torch.float64, prompt_end=PROMPT)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="`base` must have no PTE adapter yet"):
+        convert_lora(tmp_path, model.base_model.model, **FIELDS)
+    assert torch.equal(logits(model), expected)
+
+
 def test_the_mode_is_kept():
     for training in (True, False):
         assert convert_lora(trained_lora().train(training), **FIELDS).training is training

@@ -103,6 +103,8 @@ def convert_lora(
         base = _unloaded(source)
     else:
         base = base or _named(lora)
+    if Seam.of(base) is not None:
+        raise ValueError("`base` must have no PTE adapter yet, and has one. Convert onto a base model of its own.")
     try:
         model = get_peft_model(base, config, adapter_name=name)
         with torch.no_grad():
