@@ -26,7 +26,6 @@ from common import (
     ask,
     complete_adapter_options,
     load_model,
-    log_full_cache,
     make_task,
     processes,
     verify,
@@ -77,18 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def make_reward(task: Any, model: Any, tokenizer: Any, min_thought: int) -> Any:
-    """The task's verifier on answers that come after enough thought; it also logs what a full cache would hold."""
+def make_reward(task: Any, min_thought: int) -> Any:
+    """The task's verifier on answers that come after enough thought."""
 
     def reward(
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids: list[list[int]],
-        problem: list[int],
-        log_metric: Any,
-        **kwargs: Any,
+        completions: list[Any], completion_ids: list[list[int]], problem: list[int], **kwargs: Any
     ) -> list[float]:
-        log_full_cache(log_metric, model, tokenizer, prompts, completion_ids)
         return [
             verify(task, task[index], messages[-1]["content"]) if len(ids) >= min_thought else 0.0
             for messages, ids, index in zip(completions, completion_ids, problem, strict=True)
@@ -107,7 +100,7 @@ def main() -> None:
 
     trainer = GRPOTrainer(
         **adapt(model, tokenizer, args),
-        reward_funcs=make_reward(task, model, tokenizer, args.min_thought),
+        reward_funcs=make_reward(task, args.min_thought),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         args=GRPOConfig(
@@ -138,6 +131,7 @@ def main() -> None:
         "reward": "reward {:.2f}",
         "completions/mean_length": "tokens {:.0f}",
         "pte/evictions_per_sequence": "evictions {:.1f}",
+        "pte/tokens_per_second": "{:.0f} tokens/s",
     }
     seconds = train(trainer, shown, args.resume)
     if processes().is_main_process:
@@ -150,7 +144,7 @@ def main() -> None:
             history,
             [
                 ("reward", [("reward", None)], 1.0),
-                ("cache [MB]", [("pte/cache_bytes", "PTE"), ("full_cache_bytes", "full cache, same tokens")], 1e-6),
+                ("cache [MB]", [("pte/cache_bytes", "PTE"), ("pte/full_cache_bytes", "full cache, same tokens")], 1e-6),
                 ("evictions per sequence", [("pte/evictions_per_sequence", None)], 1.0),
             ],
             seconds=seconds,
@@ -172,7 +166,7 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, float]:
         "reward_first_quarter": mean("reward", steps[:quarter]),
         "reward_last_quarter": mean("reward", steps[-quarter:]),
         "evictions_per_sequence": mean("pte/evictions_per_sequence", steps),
-        "cache_bytes_over_full_cache": mean("pte/cache_bytes", steps) / mean("full_cache_bytes", steps),
+        "cache_bytes_over_full_cache": mean("pte/cache_bytes", steps) / mean("pte/full_cache_bytes", steps),
     }
 
 

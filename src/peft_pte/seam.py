@@ -284,7 +284,14 @@ class Seam:
 
     def observe(self, cache: PTECache, layout: Layout | None, evicted: bool) -> None:
         """Let the statistics see a call; ``layout`` is ``None`` where it was one token per row."""
-        self.statistics.observe(cache, layout, evicted, decoding=self.generation(cache) is not None)
+        decoding = self.generation(cache) is not None
+        self.statistics.observe(cache, layout, evicted, decoding, self.token_width)
+
+    @property
+    def token_width(self) -> int:
+        """Numbers in the keys and values of one token, of all layers that a window bounds."""
+        own = (site for site in self.sites.values() if site.evicts and not site.borrows)
+        return sum(site.key_width + site.value_width for site in own)
 
 
 def _wrappers(model: PreTrainedModel, backbone: nn.Module) -> list[nn.Module]:
@@ -315,6 +322,8 @@ class Generation:
     """``[B]``, by how much it counts the positions of a row too high; ``None``: not at all."""
     ids: Tensor | None = None
     """``[B, N]``, what it goes on from."""
+    given: int | None = None
+    """Columns that it began with."""
     record: bool = False
     """Whether it is noted what leaves."""
     asked: bool = False
@@ -324,6 +333,14 @@ class Generation:
         """What it says about its prompts, to the call that prefills them."""
         spec, self.spec = self.spec, PromptSpec()
         return spec
+
+    def written(self, sequences: Tensor) -> int:
+        """Tokens that it wrote in ``sequences [B, N]``, with the ends of rows and without what stands behind them."""
+        new = sequences[:, self.given or 0 :]
+        if not self.ends:
+            return new.numel()
+        ended = torch.isin(new, torch.tensor(self.ends, device=new.device)).long()
+        return int((ended.cumsum(dim=1) == ended).sum())
 
     def note_ends(self, rows: Rows, ids: Tensor | None) -> None:
         """Note which of ``rows`` end with the last of ``ids [B, N]``."""

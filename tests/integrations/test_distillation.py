@@ -10,8 +10,8 @@ from transformers import CohereConfig, CohereForCausalLM
 from trl import DistillationConfig
 
 from peft_pte.integrations.distillation import SelfDistillationConfig, SelfDistillationTrainer
-from peft_pte.integrations.fidelity import Fidelity, fidelity, logits_of, windows_of
 from peft_pte.integrations.trl import find_seam
+from peft_pte.passes.fidelity import Fidelity, fidelity, logits_of, windows_of
 from tests.cases import make_base
 from tests.integrations.common import COMPLETION, WINDOW, make_tokenizer, make_trl_base, pte_config
 from tests.integrations.trainers import (
@@ -433,7 +433,7 @@ def test_a_few_tokens_at_once_are_all_tokens(monkeypatch):
     hidden = (torch.randn(count, width), torch.randn(count, width))
     tokens = torch.randint(base.config.vocab_size, (count,))
     whole = fidelity(hidden, (head, head), tokens, torch.zeros(count), base.config, 0.7)
-    monkeypatch.setattr("peft_pte.integrations.fidelity._LOGITS_AT_ONCE", 5 * base.config.vocab_size)
+    monkeypatch.setattr("peft_pte.passes.fidelity._LOGITS_AT_ONCE", 5 * base.config.vocab_size)
     parts = fidelity(hidden, (head, head), tokens, torch.zeros(count), base.config, 0.7)
     logs = [(head(rows) / 0.7).log_softmax(dim=-1) for rows in hidden]
     for found in (whole, parts):

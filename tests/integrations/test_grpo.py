@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 from trl import GRPOTrainer
 
-from peft_pte.integrations.trl import PTECallback
+from peft_pte.integrations.trl import PTECallback, find_seam
+from peft_pte.passes.fidelity import text_fidelity
 from peft_pte.seam import Seam
 from tests.helpers import trainable
 from tests.integrations.common import (
@@ -263,13 +264,35 @@ def test_callback_logs(tmp_path):
     for entry in entries:
         assert 0 < entry["pte/evictions_per_sequence"] <= (COMPLETION - WINDOW) / 2
         assert entry["pte/state_norm"] == pytest.approx(1.0, abs=1e-4)
-        assert entry["pte/cache_bytes"] > 0
+        assert 0 < entry["pte/cache_bytes"] < entry["pte/full_cache_bytes"]
+        assert entry["pte/tokens_per_second"] > 0
+        assert "pte/kl" not in entry
     json.dumps(entries)
 
 
-def test_attached_callback_is_seen_by_reporters(tmp_path):
-    from transformers import TrainerCallback
+def test_callback_logs_the_distance_to_the_full_cache(tmp_path):
+    trainer = make_trainer(tmp_path, config=pte_config())
+    PTECallback.attach(trainer, full_cache_kl=True)
+    seam = find_seam(trainer.model)
+    texts = []
 
+    class Keeps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            texts.append(seam.statistics.text)
+
+    trainer.add_callback(Keeps())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(texts) == len(entries) > 0
+    # The first log is of the adapter after its first step; the last, of the one that there is now.
+    tokens = text_fidelity(seam, texts[-1])
+    assert entries[-1]["pte/kl"] == pytest.approx(tokens.kl.mean().item(), rel=1e-4)
+    assert all(entry["pte/kl"] > 0 and 0 < entry["pte/ratio_p5"] <= 1 for entry in entries)
+    assert seam.statistics.text is None
+    assert not seam.statistics.keep_text
+
+
+def test_attached_callback_is_seen_by_reporters(tmp_path):
     class Reporter(TrainerCallback):
         def __init__(self):
             self.seen = []

@@ -215,6 +215,21 @@ class PTECache(Cache):
             tensors.extend(layer.tensors() if isinstance(layer, ThoughtLayer) else own_tensors(layer))
         return sum(map(held_bytes, tensors))
 
+    def full_nbytes(self, token_width: int) -> int:
+        """Bytes of a cache that keeps every column of all rows, as the model's own does, in place of the bounded layers.
+
+        Args:
+            token_width: Numbers in keys and values of one token, of all bounded layers together.
+        """
+        rows, bounded = self.rows, [layer for _, layer in self.thought_layers]
+        own = [part for layer in self.layers if not isinstance(layer, ThoughtLayer) for part in own_tensors(layer)]
+        held = sum(map(held_bytes, own))
+        numbers = next((part for layer in bounded for part in layer.tensors() if part.is_floating_point()), None)
+        if rows is None or numbers is None:
+            return held
+        columns = min(rows.columns, rows.prompt + max(rows.bound))
+        return held + len(rows.bound) * columns * token_width * numbers.element_size()
+
     def rows_for(self, batch: int, device: torch.device) -> Rows:
         """The clocks of ``batch`` rows, made when they are first asked for."""
         if self.rows is None:

@@ -8,7 +8,6 @@ vocabulary (TRL's). Others begin so before they reinforce under a small cache (S
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, is_conversational
 
-from .fidelity import Fidelity, fidelity, windows_of
+from peft_pte.passes.fidelity import Fidelity, base_of, fidelity, full_cache_forward, windows_of
+from peft_pte.passes.modes import as_base, evaluating
+
 from .trl import active_config, describe_adapter, find_seam
 
 
@@ -75,11 +75,11 @@ class FullCacheTeacher(nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         # A tuple, because a module that is assigned becomes a child.
-        self._models: tuple[PeftModel, Any] = (model, find_seam(model).model)
+        self._models: tuple[Any] = (find_seam(model).model,)
 
     @property
     def _shared(self) -> Any:
-        return self._models[1]
+        return self._models[0]
 
     @property
     def config(self) -> Any:
@@ -93,24 +93,13 @@ class FullCacheTeacher(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         """The head of the base model, which a trained copy (``modules_to_save``) does not replace."""
-        head: nn.Module = self._shared.get_output_embeddings()
-        return head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
+        return base_of(self._shared.get_output_embeddings())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the block, the shared model is the teacher."""
-        training = [module for module in self._shared.modules() if module.training]
-        # peft lets every parameter of an adapter learn when it is on again, those that were frozen too.
-        frozen = [parameter for parameter in self._shared.parameters() if not parameter.requires_grad]
-        self._shared.eval()
-        try:
-            with self._models[0].disable_adapter():
-                yield
-        finally:
-            for module in training:
-                module.training = True
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with evaluating(self._shared), as_base(self._shared):
+            yield
 
     def forward(self, attention_mask: Tensor, **kwargs: Any) -> Any:
         """What the backbone gives, adapters off, on a full cache.
@@ -119,19 +108,15 @@ class FullCacheTeacher(nn.Module):
             attention_mask: ``[B, N]``.
             kwargs: What else TRL gives to a backbone.
         """
-        backbone = self._shared.base_model
-        if "position_ids" in inspect.signature(backbone.forward).parameters and "pixel_values" not in kwargs:
-            # TRL gives none, and padding in front of a row would count as positions.
-            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with self.in_place():
-            return backbone(attention_mask=attention_mask, **kwargs)
+            return full_cache_forward(self._shared, attention_mask, **kwargs)
 
 
 class SelfDistillationTrainer(DistillationTrainer):  # type: ignore[misc]
     """TRL's ``DistillationTrainer`` whose teacher is the model itself on its full cache.
 
     Beyond TRL's it logs, of every step that a log is made at, how near the bounded policy is to the full cache on the tokens of the whole batch
-    (:func:`peft_pte.integrations.fidelity.fidelity`): ``pte/ratio_p5``, the 5th percentile over tokens of their probability in the bounded cache
+    (:func:`peft_pte.passes.fidelity.fidelity`): ``pte/ratio_p5``, the 5th percentile over tokens of their probability in the bounded cache
     over that in the full one (Sparrow, arXiv 2606.08446), and ``pte/kl_...``, reverse KL in nats per token, by how much had left the window.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import random
 import weakref
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from peft_pte.card import add_section
 from peft_pte.config import PTEConfig
 from peft_pte.eviction.records import EvictionMemory
+from peft_pte.passes.fidelity import text_fidelity
 from peft_pte.seam import Seam
 
 # Where wrappers keep what they wrap: parallel wrappers, torch.compile.
@@ -37,9 +39,10 @@ def describe_adapter(trainer: Any) -> None:
 class PTECallback(TrainerCallback):  # type: ignore[misc]
     """Adds what the cache did since the last log to the logs of a trainer.
 
-    ``pte/evictions_per_sequence``, ``pte/state_norm`` and ``pte/cache_bytes`` (of this process), under ``eval_pte/...``
-    where the trainer logs an evaluation. They go into ``logs``, for the callbacks that come after this one, and into
-    ``state.log_history``, which checkpoints carry. Nothing is printed.
+    ``pte/evictions_per_sequence``, ``pte/state_norm``, ``pte/cache_bytes``, ``pte/full_cache_bytes`` (what the model's own cache would have held of
+    the same tokens) and ``pte/tokens_per_second`` (of generations), all of this process, under ``eval_pte/...`` where the trainer logs an
+    evaluation. They go into ``logs``, for the callbacks that come after this one, and into ``state.log_history``, which checkpoints carry. Nothing
+    is printed.
 
     A trainer asks its reporters (TensorBoard, W&B, ...) before the callbacks it was given, so ``callbacks=[PTECallback()]``
     comes too late for them; :meth:`attach` does not::
@@ -47,16 +50,25 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
         trainer = GRPOTrainer(model=model, peft_config=PTEConfig(task_type="CAUSAL_LM"), ...)
         PTECallback.attach(trainer)
         trainer.train()
+
+    Args:
+        full_cache_kl: Whether each log also says how near the policy is to the base model on its full cache, on the last rows that were scored:
+            ``pte/kl`` in nats a token, ``pte/kl_to_1w`` and so on by how many windows had been written, ``pte/ratio_p5``
+            (:meth:`peft_pte.passes.fidelity.Fidelity.figures`). It costs two calls without gradients for each log.
     """
 
+    def __init__(self, full_cache_kl: bool = False) -> None:
+        self.full_cache_kl = full_cache_kl
+
     @classmethod
-    def attach(cls, trainer: Any) -> PTECallback:
+    def attach(cls, trainer: Any, full_cache_kl: bool = False) -> PTECallback:
         """Put the callback before all others of ``trainer``, reporters included; one that is there already moves.
 
         The model card that the trainer writes then says of the adapter what a saved one's says: how it is loaded, its window, where prompts end.
 
         Args:
             trainer: A ``transformers.Trainer`` or a trainer of TRL.
+            full_cache_kl: As of the class.
 
         Returns:
             The callback.
@@ -68,6 +80,7 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
         else:
             trainer.create_model_card = functools.partial(_create_model_card, trainer, trainer.create_model_card)
         callback = found or cls()
+        callback.full_cache_kl = callback.full_cache_kl or full_cache_kl
         callbacks.insert(0, callback)
         return callback
 
@@ -79,7 +92,16 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             ValueError: The model has no PTE adapter.
         """
-        find_seam(kwargs["model"]).statistics.drain()
+        statistics = find_seam(kwargs["model"]).statistics
+        statistics.keep_text = self.full_cache_kl
+        statistics.drain()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep no text any longer."""
+        statistics = find_seam(kwargs["model"]).statistics
+        statistics.keep_text, statistics.text = False, None
 
     def on_log(
         self,
@@ -93,7 +115,14 @@ class PTECallback(TrainerCallback):  # type: ignore[misc]
         if logs is None:
             return
         prefix = "eval_pte/" if any(name.startswith("eval_") for name in logs) else "pte/"
-        figures = find_seam(kwargs["model"]).statistics.drain()
+        seam = find_seam(kwargs["model"])
+        text, figures = seam.statistics.text, seam.statistics.drain()
+        if text is not None:
+            tokens = text_fidelity(seam, text)
+            # Not of what the training did.
+            seam.statistics.drain()
+            found = tokens.figures() if len(tokens.kl) else {}
+            figures |= {name: value for name, figure in found.items() if not math.isnan(value := figure.item())}
         _add(logs, state, {prefix + name: value for name, value in figures.items()})
 
 

@@ -84,10 +84,10 @@ class ThoughtState:
             if layer.value is not None:
                 yield layer.value
 
-    def norm(self) -> Tensor | None:
-        """Mean L2 norm of the rows of ``S`` over layers and sequences, a 0-d tensor; ``None`` before any ``S``."""
+    def norms(self) -> Tensor | None:
+        """``[L]``, mean L2 norm of the rows of ``S`` over sequences, of the layers that have one; ``None`` before any ``S``."""
         norms = [layer.value.detach().norm(dim=-1).mean() for layer in self.layers if layer.value is not None]
-        return torch.stack([norm.to(norms[0].device) for norm in norms]).mean() if norms else None
+        return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else None
 
 
 bound = threading.local()

@@ -44,6 +44,7 @@ from .masks import ChunkMasks
 from .plan import Counts, Plan, Sizes, make_plan
 from .recompute import Offload, recomputed
 from .recorded import at_eviction, check_evictions, refuse_continued
+from .statistics import Scored
 from .token import run_token
 from .turn import Turn
 
@@ -218,6 +219,8 @@ def _run_passes(
     cache.interrupted = False
     if cache.window is not None and (call.use_cache or layout.columns > layout.prompt):
         seam.observe(cache, layout, evicted=cache.evictions > before)
+        if seam.statistics.keep_text and call.cache is None and call.ids is not None and ends is not None:
+            seam.statistics.text = Scored(call.ids, call.mask, ends.first)
     return _join(outputs, layout), cache
 
 

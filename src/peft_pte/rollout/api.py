@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import operator
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.logging import tqdm
@@ -20,6 +20,7 @@ from transformers.utils.logging import tqdm
 from ..host.compat import generation_options, optimized_for_decoding
 from ..passes.boundary import Columns, PromptSpec, find_prompt_ends
 from ..passes.ends import check_prompts
+from ..passes.modes import evaluating
 from ..passes.recorded import check_recorded
 from ..seam import Seam
 from .batch import PREFILLED_TOKENS, Batch, Sizes
@@ -123,7 +124,8 @@ def generate_batch(
         for request in requests:
             request.timestamps = []
     bar = tqdm(total=len(requests), disable=not progress_bar, desc=f"Solving {len(requests)} requests", unit="request")
-    with bar, _evaluating(seam.model), optimized_for_decoding(seam.model):
+    start = time.perf_counter()
+    with bar, evaluating(seam.model), optimized_for_decoding(seam.model):
         bar.update(sum(request.over for request in requests))
         waiting = deque(request for request in requests if not request.over)
         if waiting:
@@ -131,6 +133,7 @@ def generate_batch(
             batch = Batch(seam, adapter, chooser, config, sizes, prompt_length is not None)
             for count in _run(seam, batch, waiting):
                 bar.update(count)
+    seam.statistics.note_written(sum(len(request.generated) for request in requests), time.perf_counter() - start)
     if remembers:
         _remember(seam, adapter, requests)
     return _results(requests)
@@ -297,18 +300,6 @@ def _seed(requests: Sequence[Request], seed: int | None) -> None:
         requests, torch.randint(2**62, (len(requests),), generator=generator).tolist(), strict=True
     ):
         request.seed = own
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and each module back in its mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _results(requests: Sequence[Request]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from ..config import PTEConfig
 from ..eviction.policies import Attention
 from ..eviction.policy import Window, register_eviction
+from ..passes.modes import evaluating
 from ..seam import Seam
 
 _PROBE = "_importance"
@@ -86,21 +88,16 @@ def head_importance(
         eviction=_PROBE,
         eviction_options={"queries": queries, "found": found},
     )
-    modes = {module: module.training for module in model.modules()}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     adapted: Any = get_peft_model(model, config)
     try:
-        adapted.eval()
-        for row in range(len(input_ids)):
-            real = torch.ones_like(input_ids[row], dtype=torch.bool)
-            if attention_mask is not None:
-                real = attention_mask[row].bool()
-            adapted(input_ids=input_ids[row][real][None], prompt_length=prompt_length)
+        with evaluating(adapted):
+            for row, mask in tqdm(zip(input_ids, real, strict=True), total=len(input_ids), desc="Texts"):
+                adapted(input_ids=row[mask][None], prompt_length=prompt_length)
         layers = len(Seam.require(model).sites)
     finally:
         adapted.unload()
-        for module, training in modes.items():
-            module.training = training
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
     if not found:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -145,6 +146,7 @@ def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any
     generation = getattr(self, ATTRIBUTE).generation(cache)
     if generation is not None:
         generation.ids = input_ids
+        generation.given = input_ids.shape[1] if generation.given is None else generation.given
     inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
     fixed = cache.fixed if isinstance(cache, PTECache) else None
     if generation is not None and generation.shift is not None and fixed is not None and fixed.ready:
@@ -264,10 +266,15 @@ def _generate(self: Any, *args: Any, prompt_length: Any = None, return_evictions
         PromptSpec(length=prompt_length), record=return_evictions or remembers, asked=return_evictions
     )
     seam.calls.generations.append(generation)
+    start = time.perf_counter()
     try:
         output = type(self).generate(self, *args, **kwargs)
     finally:
         seam.calls.generations.pop()
+    if isinstance(generation.cache, PTECache):
+        written = generation.written(output if isinstance(output, torch.Tensor) else output.sequences)
+        seam.statistics.note_written(written, time.perf_counter() - start)
+        seam.statistics.note_end(generation.cache, seam.token_width)
     if generation.record and generation.cache is not None:
         evictions = generation.cache.evicted
         if return_evictions:

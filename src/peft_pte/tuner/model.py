@@ -22,6 +22,7 @@ from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear
 from ..seam import Seam
 from .checkpoints import check_adapter_state_dict, unwrap, watch
 from .install import install, remove, watch_queries
+from .report import Report, report
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
 
@@ -91,6 +92,30 @@ class PTEModel(BaseTuner):
         """An empty cache for ``adapter_name`` (default: the active adapter); ``static``: at fixed addresses."""
         name = adapter_name or self.active_adapters[0]
         return PTECache(self.model.config.get_text_config(decoder=True), self.peft_config[name], static=static)
+
+    def report(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_length: int | Tensor | None = None,
+    ) -> Report:
+        """What the cache did since the last report, or the last log of a trainer: ``print(model.report())``.
+
+        With a text, also how near the policy in the bounded cache is on it to the base model on its full cache, which costs two calls.
+
+        Args:
+            input_ids: ``[B, N]``; ``None``: no text.
+            attention_mask: ``[B, N]``, zero for padding; ``None``: no padding.
+            prompt_length: Columns of the prompt, for all rows or ``[B]``; ``None``: what `prompt_end` says.
+
+        Returns:
+            Evictions, norms of the states by layer, bytes beside those of a full cache, tokens per second, KL in nats a token.
+
+        Raises:
+            ValueError: A text is given, and nothing says where thinking starts in it, or no adapter is active.
+            NotImplementedError: A text is given, and the weights are sharded.
+        """
+        return report(self.model, input_ids, attention_mask, prompt_length)
 
     @torch.no_grad()
     def replace_rows(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from peft_pte.config import PTEConfig
-from peft_pte.passes.boundary import Columns, PromptSpec, find_prompt_ends
+from ..config import PTEConfig
+from ..seam import Seam
+from .boundary import Columns, PromptSpec, find_prompt_ends
+from .modes import as_base, evaluating
+from .statistics import Scored
 
 DISTANCES = (1.0, 2.0, 4.0)
 """Windows of thoughts, up to which a token counts as near: within the first nothing has left."""
@@ -90,6 +96,55 @@ def fidelity(
     return Fidelity(torch.cat(ratios), torch.cat(divergences), windows)
 
 
+def text_fidelity(seam: Seam, text: Scored) -> Fidelity:
+    """Score the thoughts of a text in the bounded cache, and by the base model on its full cache: two calls, without gradients or dropout.
+
+    Args:
+        seam: Of the adapted model; an adapter is active.
+        text: Its ``N`` tokens are those behind the prompts.
+
+    Raises:
+        NotImplementedError: The weights are spread over processes.
+    """
+    if seam.sharded():
+        raise NotImplementedError(
+            "A text cannot be scored on the full cache beside a training whose weights are sharded (FSDP, ZeRO-3). Leave `full_cache_kl` out, and ask "
+            "the saved adapter: `model.report(input_ids, attention_mask)`."
+        )
+    model, ids = seam.model, text.ids
+    real = torch.ones_like(ids, dtype=torch.bool) if text.mask is None else text.mask.bool()
+    first = torch.full_like(ids[:, 0], ids.shape[1]) if text.first is None else text.first.to(ids.device)
+    window = seam.config(seam.require_adapter()).cache_window
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    with torch.no_grad(), evaluating(model):
+        bounded = model.base_model(**arguments, prompt_length=first)[0]
+        head = model.get_output_embeddings()
+        with as_base(model):
+            full = full_cache_forward(model, **arguments)[0]
+    chosen = (real & (torch.arange(ids.shape[1], device=ids.device) >= first[:, None]))[:, 1:]
+    return fidelity(
+        (bounded[:, :-1][chosen.to(bounded.device)], full[:, :-1][chosen.to(full.device)]),
+        (head, base_of(head)),
+        ids[:, 1:][chosen],
+        windows_held(window, real, first)[:, 1:][chosen],
+        seam.text_config,
+    )
+
+
+def full_cache_forward(model: Any, attention_mask: Tensor, **arguments: Any) -> Any:
+    """What the backbone of ``model`` gives, which is its base at the moment (:func:`peft_pte.passes.modes.as_base`)."""
+    backbone = model.base_model
+    if "position_ids" in inspect.signature(backbone.forward).parameters and "pixel_values" not in arguments:
+        # Padding in front of a row would count as positions.
+        arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return backbone(attention_mask=attention_mask, **arguments)
+
+
+def base_of(head: nn.Module) -> nn.Module:
+    """The head of the base model, which a trained copy (``modules_to_save``) does not replace."""
+    return head.original_module if isinstance(head, AuxiliaryTrainingWrapper) else head
+
+
 def logits_of(head: nn.Module, hidden: Tensor, config: PretrainedConfig) -> Tensor:
     """What a causal LM of transformers makes of its head's output, in float32: it may scale (Cohere, Granite, Falcon-H1) and cap (Gemma) it.
 
@@ -120,13 +175,24 @@ def windows_of(config: PTEConfig, ids: Tensor, mask: Tensor, columns: int) -> Te
         columns: How many of the last columns are asked for.
     """
     real = mask.bool()
-    if config.cache_window is None:
-        return torch.zeros(ids.shape[0], columns, device=ids.device)
     first = find_prompt_ends(
         config.prompt_end, PromptSpec(), Columns(ids, real, (ids.shape[0], ids.shape[1]), ids.device), None
     ).first
+    return windows_held(config.cache_window, real, first)[:, -columns:]
+
+
+def windows_held(window: int | None, real: Tensor, first: Tensor | None) -> Tensor:
+    """``[B, N]``, how many thoughts a row holds with each token, in windows; 0 without a ``window``.
+
+    Args:
+        window: Thoughts.
+        real: ``[B, N]``, False for padding.
+        first: ``[B]``, first thought column of each row; ``None``: all are thoughts.
+    """
+    if window is None:
+        return torch.zeros(real.shape, device=real.device)
     thoughts = real.long().cumsum(dim=1)
     if first is not None:
-        prompt = real & (torch.arange(ids.shape[1], device=ids.device) < first[:, None])
+        prompt = real & (torch.arange(real.shape[1], device=real.device) < first[:, None])
         thoughts = thoughts - prompt.sum(dim=1, keepdim=True)
-    return (thoughts.clamp(min=0) / config.cache_window)[:, -columns:]
+    return thoughts.clamp(min=0) / window
