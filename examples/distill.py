@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from common import SMOLLM2, adapt, add_adapter_options, ask, complete_adapter_options, load_model, make_task, processes
 from datasets import Dataset
 from report import prepare_output, train, write_report
@@ -93,6 +94,7 @@ def main() -> None:
             save_total_limit=2,
             report_to=args.report_to,
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
         ),
     )

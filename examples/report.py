@@ -43,24 +43,53 @@ def prepare_output(folder: Path, resume: bool) -> None:
 
 
 class Progress(TrainerCallback):
-    """One line per log, of the figures named."""
+    """One line per log, of the figures named, and how long the rest will take.
 
-    def __init__(self, **figures: str) -> None:
-        self.figures, self.start = figures, time.perf_counter()
+    Args:
+        expected: Seconds of a step where that was measured, to be said before the first one.
+        figures: By name in the logs, how they are shown.
+    """
+
+    def __init__(self, expected: float | None, **figures: str) -> None:
+        self.expected, self.figures = expected, figures
+        self.start, self.first = time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how long it will take, as far as is known."""
+        self.start, self.first = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            steps = state.max_steps - state.global_step
+            known = "How long they take is said after the first."
+            if self.expected is not None:
+                known = f"About {duration(steps * self.expected)} on two free CPU cores."
+            print(f"{steps} steps. {known}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Print the line, on the main process."""
         if state.is_world_process_zero and logs and "loss" in logs:
-            seconds = time.perf_counter() - self.start
+            seconds = (time.perf_counter() - self.start) / max(1, state.global_step - self.first)
             shown = [label.format(logs[name]) for name, label in self.figures.items() if name in logs]
-            print(f"step {state.global_step:>3}/{state.max_steps}  {'  '.join(shown)}  {seconds:.0f} s", flush=True)
+            left = duration(seconds * (state.max_steps - state.global_step))
+            print(f"step {state.global_step:>3}/{state.max_steps}  {'  '.join(shown)}  {left} left", flush=True)
 
 
-def train(trainer: Any, progress: dict[str, str], resume: bool) -> float:
-    """Train with PTE's figures in every log and one line of progress per log; save the adapter; return the seconds."""
+def duration(seconds: float) -> str:
+    """Rounded to what matters to who waits."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def train(trainer: Any, progress: dict[str, str], resume: bool, expected: float | None = None) -> float:
+    """Train with PTE's figures in every log and one line of progress per log; save the adapter; return the seconds.
+
+    Args:
+        trainer: Of TRL.
+        progress: By name in the logs, how figures are shown.
+        resume: Whether to go on from the last checkpoint.
+        expected: Seconds of a step on two free CPU cores, where that was measured.
+    """
     PTECallback.attach(trainer)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(**progress))
+    trainer.add_callback(Progress(expected, **progress))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()

@@ -123,6 +123,7 @@ def main() -> None:
             save_total_limit=2,
             report_to=args.report_to,
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
         ),
     )

@@ -14,7 +14,7 @@ from tests.helpers import POLICIES, SMALL, assert_close, log_probs, make_prompts
 WINDOW = SMALL["cache_window"]
 STATIC = {"cache_implementation": "static"}
 # The interpreter is slow.
-TWO_LAYERS = {"gpt2": {"n_layer": 2}, "glm": {"num_hidden_layers": 2}}
+TWO_LAYERS = {"gpt2": {"n_layer": 2}}
 
 
 def compiling(backend="aot_eager"):
@@ -106,8 +106,10 @@ def test_kernels_in_place_of_the_reference(family, fields):
     prompts = {name: part.to(device) for name, part in make_prompts((7, 2)).items()}
     found = {}
     for impl in ("reference", "triton"):
-        model = make_pte(family, impl=impl, evict_ratio=0.7, model=TWO_LAYERS.get(family), **fields).to(device)
-        found[impl] = roll_out(model, prompts, WINDOW + 7, **STATIC)
+        layers = {"num_hidden_layers": 3} if "layers_to_transform" in fields else {"num_hidden_layers": 2}
+        layers = TWO_LAYERS.get(family, layers)
+        model = make_pte(family, impl=impl, cache_window=4, evict_ratio=0.7, model=layers, **fields).to(device)
+        found[impl] = roll_out(model, prompts, 9, **STATIC)
     assert found["triton"].cache.evictions == 2
     assert_close(found["triton"].logits, found["reference"].logits)
     for index, read in found["reference"].cache.fixed.states.items():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,17 +54,34 @@ Positions = Int[Tensor, "B N"]
 F = TypeVar("F", bound=Callable[..., object])
 
 
+def _kind(value: Any) -> Any:
+    """What the annotations of an argument can tell it by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_kind, value)
+    return type(value)
+
+
 def checked(function: F) -> F:
-    """Check the shape annotations of ``function`` on every call when ``PEFT_PTE_CHECK_SHAPES=1``."""
+    """Check the shape annotations of ``function`` when ``PEFT_PTE_CHECK_SHAPES=1``, once for all calls with the same shapes and dtypes."""
     if os.environ.get("PEFT_PTE_CHECK_SHAPES") != "1":
         return function
     from beartype import beartype
 
     checking = jaxtyped(typechecker=beartype)(function)
+    passed: set[Hashable] = set()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         # A tracer sees no sizes to check.
-        return (function if torch.compiler.is_compiling() else checking)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        kinds = (*map(_kind, args), *((name, _kind(value)) for name, value in sorted(kwargs.items())))
+        if kinds in passed:
+            return function(*args, **kwargs)
+        output = checking(*args, **kwargs)
+        passed.add(kinds)
+        return output
 
     return cast(F, call)

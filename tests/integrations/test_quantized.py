@@ -1,5 +1,9 @@
 """Quantised bases, LoRA beside them: scoring agrees with the rollout as far as the base's own rounding lets it, adapters learn, are saved and loaded."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +15,7 @@ from peft_pte import PTEConfig, convert_lora
 from tests.cases import make_base
 from tests.helpers import SMALL, make_prompts, roll_out, thought_logits
 from tests.integrations.common import make_tokenizer, pte_config
+from tests.integrations.trainers import make_chat_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'peft-pte[quantized]'")
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'peft-pte[quantized]'")
@@ -135,3 +140,17 @@ def test_grpo_learns_on_it(how, folder, tmp_path):
 
 def test_the_same_base_without_quantisation_agrees(folder):
     assert disagreement(adapted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))) < 1e-3
+
+
+def test_the_example_runs(tmp_path):
+    tokenizer = make_chat_tokenizer()
+    torch.manual_seed(0)
+    base = make_base("llama", **WIDE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = Path(__file__).resolve().parents[2] / "examples" / "qlora.py"
+    command = [sys.executable, str(script), str(tmp_path / "model")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "pte/tokens_per_second" in run.stdout
+    assert (tmp_path / "adapter-4bit" / "adapter_model.safetensors").exists()
