@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: install demo demo-short test test-slow test-quantized lint types format benchmark benchmark-quick benchmark-gpu build clean
+.PHONY: install demo demo-short test test-slow test-quantized lint types format docs benchmark benchmark-quick benchmark-gpu build clean
 
 install: $(STAMP)
 
@@ -46,6 +46,12 @@ format: install
 types: install
 	$(BIN)/mypy
 
+# Broken links, anchors and docstrings fail it. (The variable silences an advertisement.)
+docs: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
 benchmark: install
 	$(BIN)/python -m benchmarks run figures
 	$(BIN)/python -m benchmarks report
@@ -62,4 +68,4 @@ build: install
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) dist build outputs .cache
+	rm -rf $(VENV) dist build site outputs .cache

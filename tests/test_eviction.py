@@ -570,10 +570,10 @@ def test_a_cache_is_made_by_its_options():
 
 
 def test_the_policy_of_the_docs():
-    text = (Path(peft_pte.__file__).parents[2] / "docs" / "eviction.md").read_text()
+    text = (Path(peft_pte.__file__).parents[2] / "docs" / "extending.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_eviction" in block)
     assert len(code.strip().splitlines()) <= 20
-    exec(compile(code, "docs/eviction.md", "exec"), {"__name__": "docs_eviction"})
+    exec(compile(code, "docs/extending.md", "exec"), {"__name__": "docs_extending"})
     model = make_pte(dtype=torch.float64, eviction="large_values")
     rollout = roll_out(model, make_prompts(), 4 * WINDOW)
     with torch.no_grad():
