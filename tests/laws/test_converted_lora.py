@@ -159,6 +159,84 @@ def test_a_base_that_the_config_names(tmp_path):
     assert_close(logits(converted), logits(lora))
 
 
+@pytest.fixture
+def cached_repository(tmp_path, monkeypatch):
+    """A hub repository of which two revisions, each with a LoRA in ``best``, were fetched earlier; and the models by revision."""
+    base = make_base("llama", attn_implementation="sdpa")
+    base.save_pretrained(tmp_path / "base")
+    repository = tmp_path / "hub" / "models--someone--lora"
+    models = {}
+    for seed, (revision, commit) in enumerate({"main": "a" * 40, "v2": "b" * 40}.items()):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        models[revision] = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config).eval()
+        models[revision].save_pretrained(repository / "snapshots" / commit / "best")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return models
+
+
+def test_a_repository_of_the_hub_with_a_subfolder_and_revisions(cached_repository):
+    for revision, lora in cached_repository.items():
+        converted = convert_lora("someone/lora", subfolder="best", revision=revision, **FIELDS).eval()
+        assert_close(logits(converted), logits(lora))
+    expected, other = (logits(lora) for lora in cached_repository.values())
+    assert_close(logits(convert_lora("someone/lora", subfolder="best", **FIELDS).eval()), expected)
+    assert (expected - other).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"got 'someone/lora' without 'adapter_config.json'. Give `subfolder`"):
+        convert_lora("someone/lora", **FIELDS)
+    with pytest.raises(OSError, match="specified revision"):
+        convert_lora("someone/lora", subfolder="best", revision="v3", **FIELDS)
+
+
+def test_a_subfolder_of_a_folder(tmp_path):
+    lora = trained_lora()
+    lora.save_pretrained(tmp_path / "checkpoint-2")
+
+    def base():
+        torch.manual_seed(0)
+        return make_base("llama", attn_implementation="sdpa").double()
+
+    converted = convert_lora(tmp_path, base(), subfolder="checkpoint-2", **FIELDS).eval()
+    assert_close(logits(converted), logits(lora), scale=10.0)
+    with pytest.raises(ValueError, match=r"`source` must hold a saved adapter.*checkpoint-3"):
+        convert_lora(tmp_path, base(), subfolder="checkpoint-3", **FIELDS)
+    with pytest.raises(ValueError, match="`revision` must be None where `source` is a folder, got 'main'"):
+        convert_lora(tmp_path / "checkpoint-2", base(), revision="main", **FIELDS)
+    with pytest.raises(ValueError, match="`subfolder` must be None where `source` is a model"):
+        convert_lora(lora, subfolder="checkpoint-2", **FIELDS)
+
+
+def switch_off_a_layer(lora):
+    lora.base_model.model.model.layers[1].self_attn.q_proj.enable_adapters(False)
+
+
+SWITCHED_OFF = {
+    "all": lambda lora: lora.base_model.disable_adapter_layers(),
+    "one layer": switch_off_a_layer,
+    "a module that was trained in full": lambda lora: lora.base_model.model.lm_head.enable_adapters(False),
+    "no adapter active": lambda lora: lora.base_model.set_adapter([]),
+}
+
+
+@pytest.mark.parametrize("what", SWITCHED_OFF)
+def test_a_lora_that_is_switched_off(what):
+    # The PTE adapter would be on, and compute what the model did not.
+    lora = trained_lora(modules_to_save=["lm_head"] if "in full" in what else None)
+    on = logits(lora)
+    SWITCHED_OFF[what](lora)
+    expected = logits(lora)
+    assert (on - expected).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"`source` must have its LoRA switched on.*enable_adapter_layers"):
+        convert_lora(lora, **FIELDS)
+    assert torch.equal(logits(lora), expected)
+    lora.base_model.enable_adapter_layers()
+    lora.set_adapter("default")
+    assert_close(logits(convert_lora(lora, **FIELDS).eval()), on, scale=10.0)
+
+
 def test_embeddings_that_were_resized(tmp_path):
     lora = trained_lora()
     lora.resize_token_embeddings(70)

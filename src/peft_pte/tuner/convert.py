@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -17,7 +18,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper, load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -60,7 +61,12 @@ _PREFIX = "base_model.model."
 
 
 def convert_lora(
-    source: PeftModel | str | os.PathLike[str], base: PreTrainedModel | None = None, **fields: Any
+    source: PeftModel | str | os.PathLike[str],
+    base: PreTrainedModel | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **fields: Any,
 ) -> PeftModel:
     """A PTE adapter that before the first eviction computes what a LoRA computes, and can be trained on.
 
@@ -72,6 +78,8 @@ def convert_lora(
     Args:
         source: A model with one LoRA adapter, which is taken off it: use what is returned from then on (after an error it has its LoRA still). Or the
             folder or hub id of a saved LoRA.
+        subfolder: Where in the folder or the repository a saved LoRA is; ``None``: at its top.
+        revision: Branch, tag or commit of a hub repository; ``None``: its main branch. That of the base model is in the LoRA's config.
         base: The model to adapt, for a saved LoRA; ``None``: the one that its config names is loaded, in its own dtype.
         fields: Of the :class:`~peft_pte.PTEConfig`, as ``cache_window`` and ``prompt_end``. ``r`` (default: LoRA's) may be larger than LoRA's, for a
             larger state; ``num_global_tokens`` is at least the largest rank (default: that, or 32 where it is less).
@@ -81,15 +89,19 @@ def convert_lora(
 
     Raises:
         TypeError: ``source`` is no model of peft and no path, or its adapter is no LoRA.
-        ValueError: The LoRA does something that PTE cannot (DoRA, biases, a base that it changed), or ``fields`` contradict it.
+        ValueError: The LoRA does something that PTE cannot (DoRA, biases, a base that it changed), it is switched off, or ``fields`` contradict it.
     """
     if isinstance(source, PeftModel):
-        if base is not None:
-            raise ValueError("`base` must be None where `source` is a model, which brings its own. Leave it out.")
+        for argument, value in (("base", base), ("subfolder", subfolder), ("revision", revision)):
+            if value is not None:
+                raise ValueError(
+                    f"`{argument}` must be None where `source` is a model, which brings its own. Leave it out."
+                )
         name, lora, weights = _of_model(source)
     elif isinstance(source, (str, os.PathLike)):
-        name, lora = "default", _checked(PeftConfig.from_pretrained(os.fspath(source)))
-        weights = load_peft_weights(os.fspath(source), device="cpu")
+        folder = _folder(os.fspath(source), subfolder, revision)
+        name, lora = "default", _checked(PeftConfig.from_pretrained(folder))
+        weights = load_peft_weights(folder, device="cpu")
     else:
         raise TypeError(
             f"`source` must be a PeftModel or the folder of a saved LoRA, got {type(source).__name__}. Save it with save_pretrained(folder) and give the folder."
@@ -158,6 +170,24 @@ def _put_back(source: PeftModel, adapter: str, weights: dict[str, Tensor], scale
         layer.train(source.training)
 
 
+def _folder(source: str, subfolder: str | None, revision: str | None) -> str:
+    """Where a saved LoRA lies, fetched from the hub where ``source`` is no folder."""
+    root = source
+    if not os.path.isdir(source):
+        # Not by peft's loader, which looks for the subfolder within the subfolder where the hub cannot be reached.
+        wanted = os.path.join(subfolder or "", "adapter_*").replace(os.sep, "/")
+        root = snapshot_download(source, revision=revision, allow_patterns=wanted)
+    elif revision is not None:
+        raise ValueError(f"`revision` must be None where `source` is a folder, got {revision!r}. Leave it out.")
+    folder = os.path.join(root, subfolder or "")
+    if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        raise ValueError(
+            f"`source` must hold a saved adapter, got {source!r} without {os.path.join(subfolder or '', CONFIG_NAME)!r}. Give `subfolder` where the adapter "
+            "is not at the top."
+        )
+    return folder
+
+
 def _of_model(source: PeftModel) -> tuple[str, LoraConfig, dict[str, Tensor]]:
     """Name, config and weights of its LoRA."""
     if len(source.peft_config) > 1:
@@ -168,6 +198,17 @@ def _of_model(source: PeftModel) -> tuple[str, LoraConfig, dict[str, Tensor]]:
     lora = _checked(config)
     if any(module.merged for module in source.modules() if isinstance(module, LoraLayer)):
         raise ValueError("`source` must not be merged into its base model. Call unmerge_adapter() first.")
+    off = [
+        path
+        for path, module in source.named_modules()
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+        and (module.disable_adapters or name not in module.active_adapters)
+    ]
+    if off:
+        raise ValueError(
+            f"`source` must have its LoRA switched on, got {len(off)} layers where it is off, as `{off[0]}`: the PTE adapter would be on there. Call "
+            f"source.base_model.enable_adapter_layers() and source.set_adapter({name!r}), or leave layers out for good, with exclude_modules."
+        )
     weights = get_peft_model_state_dict(source, adapter_name=name, save_embedding_layers=False)
     return name, lora, {key: value.clone() for key, value in weights.items()}
 
