@@ -116,7 +116,11 @@ def test_biases_stay_frozen():
 def test_fields_of_lora_as_attributes(name):
     # TRL reads `peft_config.trainable_token_indices` where a chat template adds tokens.
     config = PTEConfig()
-    reason = "set as `alpha`" if name == "lora_alpha" else "modules_to_save"
+    reason = (
+        "must be read and set as `alpha` in"
+        if name == "lora_alpha"
+        else "is a field of LoRA that PTE lacks.*modules_to_save"
+    )
     with pytest.raises(AttributeError, match=reason):
         getattr(config, name)
     with pytest.raises(AttributeError, match=reason):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 import peft_pte
 from peft_pte import PTEConfig
 from peft_pte.eviction import policy
-from peft_pte.integrations import distillation, fidelity, kvpress
+from peft_pte.integrations import distillation, kvpress
 from peft_pte.integrations import trl as trl_integration
 from tests.integrations.trainers import make_chat_tokenizer, small_words
 
@@ -92,7 +92,7 @@ def public_names():
     """What users import: of the package, of each public module the functions and classes that it defines."""
     yield from (f"peft_pte.{name}" for name in peft_pte.__all__ if name != "__version__")
     yield from peft_pte.ops.__all__
-    for module in (distillation, fidelity, kvpress, trl_integration):
+    for module in (distillation, kvpress, trl_integration):
         for name, thing in vars(module).items():
             own = getattr(thing, "__module__", None) == module.__name__ and not name.startswith("_")
             if own and (inspect.isclass(thing) or inspect.isfunction(thing)):
@@ -100,7 +100,6 @@ def public_names():
 
 
 INTERNAL = {
-    "peft_pte.integrations.fidelity.logits_of",
     "peft_pte.integrations.kvpress.make_press",
     "peft_pte.integrations.trl.active_config",
     "peft_pte.integrations.trl.find_seam",

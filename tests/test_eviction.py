@@ -247,7 +247,10 @@ def test_key_diff_and_attention_choose_what_they_say():
             {"eviction": "attention", "eviction_options": {"queries": 0}},
             "`queries` of `eviction_options` must be an integer",
         ),
-        ({"eviction": "attention", "cache_window": 6}, "`cache_window` must be at least 8 for Attention.* got 6"),
+        (
+            {"eviction": "attention", "cache_window": 6},
+            "`cache_window` must be at least 8 for Attention, which looks at the queries of as many thoughts, got 6",
+        ),
         ({"eviction": "head_budget"}, "must hold 'importance' for 'head_budget'.*head_importance"),
         (
             {"eviction": "head_budget", "eviction_options": {"importance": [[-1.0]]}},
@@ -292,7 +295,7 @@ def test_options_are_live():
 
 
 def test_names_of_policies_are_taken_once():
-    with pytest.raises(ValueError, match="'random' is Random already"):
+    with pytest.raises(ValueError, match=r"'random' is Random already. Choose another name"):
         register_eviction("random")(SmallValues)
     with pytest.raises(TypeError, match=r"must extend peft_pte\.EvictionPolicy"):
         register_eviction("test_nothing")(dict)
@@ -417,7 +420,10 @@ def test_models_without_the_attention_interface_are_refused(monkeypatch):
 
 def test_latent_attention_has_no_keys_to_compare():
     config = PTEConfig(eviction="attention", eviction_options={"queries": 2}, cache_window=8)
-    with pytest.raises(NotImplementedError, match="caches something else than the keys that its queries meet"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"`eviction` must not be 'attention' for .*: its DeepseekV3Attention caches something else than the keys that its queries meet",
+    ):
         get_peft_model(make_base("deepseek_v3"), config)
 
 

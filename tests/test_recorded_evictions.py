@@ -288,7 +288,10 @@ def of_the_prompt(layers):
 
 WRONG = [
     (lambda layers: {0: layers[0]}, r"`evictions` must be of the layers \[0, 1, 2\], got those of \[0\]"),
-    (lambda layers: {index: part[:2] for index, part in layers.items()}, "`evictions` must be of 3 rows, got 2"),
+    (
+        lambda layers: {index: part[:2] for index, part in layers.items()},
+        "`evictions` must be of 3 rows, got 2. Hand on what `generate` returned for these very sequences, row by row",
+    ),
     (
         lambda layers: {index: part[..., :1] for index, part in layers.items()},
         "hold what each head loses at an eviction",

@@ -77,7 +77,7 @@ def test_other_cache_implementations(name):
 @pytest.mark.parametrize(
     ("family", "fields", "reason"),
     [
-        ("llama", {"cache_window": None}, "bounded window"),
+        ("llama", {"cache_window": None}, "A static cache needs a bounded window"),
     ],
 )
 def test_static_cache_of_what_has_no_static_form(family, fields, reason):
@@ -181,7 +181,9 @@ def test_a_causal_lm_without_the_hook_of_generate(monkeypatch):
 
 def test_positions_from_the_attention_mask():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(NotImplementedError, match="ALiBi"):
+    with pytest.raises(
+        NotImplementedError, match=r"BloomForCausalLM derives positions from the attention mask \(ALiBi and its kin\)"
+    ):
         get_peft_model(bloom, config())
 
 
@@ -369,7 +371,10 @@ def test_cache_of_another_class():
 def test_bounded_cache_without_an_adapter():
     model = make_pte()
     cache = roll_out(model, make_prompts(), 3).cache
-    with model.disable_adapter(), pytest.raises(ValueError, match="no PTE adapter is active"):
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="`past_key_values` is a PTECache, but no PTE adapter is active"),
+    ):
         model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
 
 
@@ -377,7 +382,9 @@ def test_packed_sequences():
     model = make_pte()
     ids = torch.ones(1, 8, dtype=torch.long)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    with pytest.raises(NotImplementedError, match="Packed sequences"):
+    with pytest.raises(
+        NotImplementedError, match="`position_ids` start again within a row, so the row holds several sequences"
+    ):
         model(input_ids=ids, position_ids=positions, labels=ids)
 
 

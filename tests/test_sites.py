@@ -166,7 +166,7 @@ def test_linears_that_compute_no_features_of_their_tokens(kind, absent, present)
     assert not any(name.endswith(absent) for name in names)
     told = model.base_model.left_out()
     assert any(absent in name for name in told)
-    with pytest.raises(ValueError, match=r"must not reach .*Exclude it with `exclude_modules`"):
+    with pytest.raises(ValueError, match=r"`target_modules` must not reach `.*Exclude it with `exclude_modules`"):
         make(kind, target_modules=[absent.rpartition(".")[2], present.rpartition(".")[2]])
 
 

@@ -312,7 +312,10 @@ def test_a_disabled_adapter_refuses_the_cache():
     model = make_pte("llama")
     prompts, cache = make_prompts((7, 2, 5)), make_cache(model)
     _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], 2)
-    with model.disable_adapter(), pytest.raises(ValueError, match="no PTE adapter is active"):
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="`past_key_values` is a PTECache, but no PTE adapter is active"),
+    ):
         decode(model, cache, ids, mask, 1)
 
 

@@ -262,7 +262,11 @@ def test_every_field_of_lora_is_decided_on():
 @pytest.mark.parametrize(
     ("how", "fields", "message"),
     [
-        ({"use_dora": True}, {}, "`use_dora`.*weight per sequence cannot be merged"),
+        (
+            {"use_dora": True},
+            {},
+            "The LoRA must not have `use_dora`.*to be converted.*weight per sequence cannot be merged",
+        ),
         ({"bias": "all"}, {}, "`bias`.*Biases stay frozen"),
         ({"trainable_token_indices": [1]}, {}, "`trainable_token_indices`"),
         ({"init_lora_weights": "olora"}, {}, "changed its base model.*path_initial_model_for_weight_conversion"),

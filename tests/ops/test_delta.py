@@ -213,7 +213,7 @@ def test_group_refuses_what_it_cannot_read_or_write():
     hidden, down, state, ups, bases, _ = make_group(3, 8, [6, 6], 4, 5)
     with pytest.raises(ValueError, match="`down` must have a multiple of 5 rows"):
         delta_read(hidden, down[1:], state)
-    with pytest.raises(ValueError, match="contiguous along the last axis"):
+    with pytest.raises(ValueError, match=r"`base` must be contiguous along the last axis.*Make it contiguous"):
         delta_add_(bases[0].T.contiguous().T, delta_read(hidden, down, state)[0], ups[0])
 
 
