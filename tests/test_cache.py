@@ -61,9 +61,9 @@ def test_saved(decoded, tmp_path):
 
 def test_moved(decoded):
     model, rollout, cache = decoded
-    assert cache.to("cpu") is cache
+    assert cache.move_to("cpu") is cache
     assert_close(rest(model, rollout, cache), rollout.logits[:, -7:])
-    meta = cache.to("meta")
+    meta = cache.move_to("meta")
     assert all(tensor.is_meta for tensor in meta.state.tensors())
     assert meta.layers[0].keys.is_meta
 

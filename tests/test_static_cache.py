@@ -390,7 +390,7 @@ def test_moved_between_steps():
         cache = make_cache(model)
         _, ids, mask = decode(model, cache, prompts["input_ids"], prompts["attention_mask"], WINDOW + 3)
         if move:
-            cache.to("cpu")
+            cache.move_to("cpu")
             assert all(layer.write.device == layer.keys.device for _, layer in cache.thought_layers)
         found.append(decode(model, cache, ids, mask, WINDOW)[0])
     assert torch.equal(*found)

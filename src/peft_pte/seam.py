@@ -346,7 +346,8 @@ class Generation:
         """Note which of ``rows`` end with the last of ``ids [B, N]``."""
         if self.ends is None or ids is None:
             return
-        going_on = [ids[:, -1] != end for end in self.ends]
+        last = ids[:, -1].to(rows.device)
+        going_on = [last != end for end in self.ends]
         rows.note_ends(functools.reduce(torch.logical_and, going_on), self.padding_token)
 
 

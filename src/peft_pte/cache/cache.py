@@ -53,7 +53,7 @@ class PTECache(Cache):
     """The KV cache of Progressive Thought Encoding, with the thought state of its rows.
 
     ``model.generate`` makes one by itself. Make one yourself to keep a conversation, to save it (``torch.save``), or to
-    move it (``.to``).
+    move it (``.move_to``).
 
     Args:
         model_config: The config of the (base) model.
@@ -410,6 +410,7 @@ class PTECache(Cache):
                 "This cache records what leaves, and `other` has evicted thoughts without a record. Let it record before its first call (`record()`)."
             )
         self.synchronize()
+        self.move_rows(theirs.device)
         there = torch.tensor(list(rows), device=mine.device)
         if self.prompt_ends is not None and other.prompt_ends is not None:
             behind = max(mine.columns, theirs.columns) - theirs.columns
@@ -540,12 +541,24 @@ class PTECache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, state and all."""
-        self._map_rows(lambda part: part[indices], lambda layer: select_own(layer, indices))
+        self._map_rows(lambda part: part[indices.to(part.device)], lambda layer: select_own(layer, indices))
 
-    def to(self, device: torch.device | str) -> PTECache:
-        """Move everything to ``device``; returns the cache itself."""
+    def move_to(self, device: torch.device | str) -> PTECache:
+        """Move everything to ``device``; returns the cache itself.
+
+        Not called ``to``: where layers are spread over devices, accelerate calls that of whatever a layer is given, and all layers' content
+        would follow each layer around.
+        """
         self._map_rows(lambda part: part.to(device), lambda layer: map_own(layer, lambda part: part.to(device)))
         return self
+
+    def move_rows(self, device: torch.device) -> None:
+        """Count what rows have written on ``device``; what layers hold stays where it is."""
+        if self.rows is None or self.rows.device == device:
+            return
+        self.rows.map(lambda part: part.to(device))
+        self.prompt_ends = None if self.prompt_ends is None else self.prompt_ends.to(device)
+        self.open_prompt = None if self.open_prompt is None else self.open_prompt.map(lambda part: part.to(device))
 
     def _map_rows(self, function: Callable[[Tensor], Tensor], own: Callable[[Any], None]) -> None:
         """Apply ``function`` to every tensor of ours, and ``own`` to every layer that is the model's own."""

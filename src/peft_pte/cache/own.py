@@ -49,7 +49,8 @@ def select_own(layer: Any, rows: Tensor) -> None:
     """Let the rows of a layer be those at ``rows [B']``."""
     # Linear attention has no other name for it.
     method: Any = layer.reorder_cache if isinstance(layer, LinearAttentionLayer) else layer.batch_select_indices
-    method(rows)
+    keys = getattr(layer, "keys", None)
+    method(rows if keys is None else rows.to(keys.device))
 
 
 def repeat_own(layer: Any, repeats: int) -> None:

@@ -42,10 +42,12 @@ class Embedding:
         made = (
             self.module(like, positions) if self.layer_type is None else self.module(like, positions, self.layer_type)
         )
+        # Where layers are spread over devices, the module is on one of them.
         if isinstance(made, Tensor):
+            made = made.to(positions.device)
             return made.real.to(dtype), made.imag.to(dtype)
         cos, sin = made
-        return cos, sin
+        return cos.to(positions.device), sin.to(positions.device)
 
     @property
     def scaling(self) -> float:

@@ -101,4 +101,5 @@ def lay_out(
 
 
 def _like(index: Tensor, rows: Tensor) -> Tensor:
-    return index.reshape(*index.shape, *([1] * (rows.ndim - 2))).expand(-1, -1, *rows.shape[2:])
+    # Where layers are spread over devices, what comes out is on another one than what went in.
+    return index.to(rows.device).reshape(*index.shape, *([1] * (rows.ndim - 2))).expand(-1, -1, *rows.shape[2:])

@@ -61,6 +61,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
     generation = seam.generation(call.cache)
     if call.cache is not None:
         check_cache(call.cache, config, adapter)
+        call.cache.move_rows(call.device)
         if outer is not None:
             call.cache.mask_columns = None
         if generation is None or not generation.started:

@@ -152,12 +152,13 @@ def prepare(seam: Seam, cache: PTECache, positions: Tensor | None, attention_mas
     adapter = seam.require_adapter()
     check_cache(cache, seam.config(adapter), adapter)
     if seam.counts_columns:
-        positions = torch.full((like.shape[0], 1), rows.columns, device=like.device)
+        positions = torch.full((like.shape[0], 1), rows.columns, device=rows.device)
     elif positions is None:
         positions = rows.lengths[:, None]
     elif generation is not None and generation.shift is not None:
-        positions = (positions - generation.shift[:, None]).clamp(min=0)
-    positions = positions.expand(like.shape[0], 1)
+        positions = (positions - generation.shift[:, None].to(positions.device)).clamp(min=0)
+    # Where layers are spread over devices, the rows are where the model wants its inputs.
+    positions = positions.to(rows.device).expand(like.shape[0], 1)
     if seam.keeps_positions:
         fixed.write_positions(positions)
     token = _count(seam, cache, rows, positions[:, 0], None, None)
@@ -179,7 +180,7 @@ def _masks(seam: Seam, cache: PTECache, token: Token, attention_mask: Tensor | N
     masks = create_masks_for_generate(
         seam.text_config,
         torch.empty(*positions.shape, 0, dtype=seam.model.dtype, device=positions.device),
-        attention_mask,
+        None if attention_mask is None else attention_mask.to(positions.device),
         cache,
         positions,
     )
