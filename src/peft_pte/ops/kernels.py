@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +12,31 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` when this was imported)."""
+
+
+class Kernel:
+    """A Triton kernel that is launched where its first operand is.
+
+    Triton launches on the current device and in its stream; where layers are spread over devices, their tensors are on others.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self.jitted = jitted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """What launches it on ``grid``."""
+        launch = self.jitted[grid]
+
+        def launch_there(first: Tensor, *operands: Any, **constants: Any) -> None:
+            with torch.cuda.device_of(first):
+                launch(first, *operands, **constants)
+
+        return launch_there
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """``function``, which is written in Triton's language, as a kernel."""
+    return Kernel(triton.jit(function))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, dot, multiprocessors, row_of_bytes, shares, tile
+from ..kernels import accumulator, block, dot, kernel, multiprocessors, row_of_bytes, shares, tile
 from ..tuning import blocks_for
 
 
@@ -29,7 +29,7 @@ def _finish(p_state, s_state, layer, row, update, GAIN: tl.constexpr, Q, R, b_Q:
     tl.store(p_here, state / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None], mask=m_qr)
 
 
-@triton.jit
+@kernel
 def _compress_kernel(
     p_state,
     p_keys,
@@ -194,7 +194,7 @@ def _compress_kernel(
         _finish(p_state, s_state, layer, row, update, GAIN, Q, R, b_Q, b_R)
 
 
-@triton.jit
+@kernel
 def _combine_kernel(
     p_state,
     p_rows,

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, dot, multiprocessors, upcast_dots
+from ..kernels import accumulator, block, dot, kernel, multiprocessors, upcast_dots
 from ..tuning import blocks_for
 
 # Programs add their shares of `h` without talking to each other: the second launch reads one `z` per share.
 MOST_SPLITS = 16
 
 
-@triton.jit
+@kernel
 def _read_kernel(
     p_x,
     p_down,
@@ -64,7 +64,7 @@ def _read_kernel(
     tl.store(p_read + (row * T + o_t[:, None]) * Q + o_q[None, :], read, mask=m_t[:, None] & (o_q < Q)[None, :])
 
 
-@triton.jit
+@kernel
 def _group_read_kernel(
     p_x,
     p_down,
@@ -115,7 +115,7 @@ def _group_read_kernel(
         tl.store(p_read + o_read, read, mask=m_n[:, None] & m_q[None, :])
 
 
-@triton.jit
+@kernel
 def _expand_kernel(
     p_read,
     p_up,
@@ -155,7 +155,7 @@ def _expand_kernel(
     tl.store(p_out + o_n[:, None] * s_out + o_o[None, :], out.to(p_out.dtype.element_ty), mask=m_no)
 
 
-@triton.jit
+@kernel
 def _state_kernel(
     p_grad_read,
     p_low,

@@ -11,15 +11,14 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kernels import accumulator, block, dot, row_of_bytes, shares
+from ..kernels import accumulator, block, dot, kernel, row_of_bytes, shares
 from ..tuning import blocks_for
 
 
-@triton.jit
+@kernel
 def _update_kernel(
     p_query,
     p_keys,
@@ -105,7 +104,7 @@ def _update_kernel(
     tl.store(p_update + here, update.to(DTYPE), mask=m_qr)
 
 
-@triton.jit
+@kernel
 def _update_backward_kernel(
     p_grad,
     p_update,
@@ -178,7 +177,7 @@ def _update_backward_kernel(
     tl.store(p_grad_query + here, grad_query, mask=m_qr)
 
 
-@triton.jit
+@kernel
 def _recur_kernel(
     p_state, p_update, p_out, p_norm, N, Q, R, GAIN: tl.constexpr, b_Q: tl.constexpr, b_R: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -201,7 +200,7 @@ def _recur_kernel(
         tl.store(p_norm + (row * N + n) * Q + o_q, norm.to(DTYPE), mask=m_q)
 
 
-@triton.jit
+@kernel
 def _recur_backward_kernel(
     p_grad, p_out, p_norm, p_grad_state, p_grad_update, N, Q, R, GAIN: tl.constexpr, b_Q: tl.constexpr,
     b_R: tl.constexpr, DTYPE: tl.constexpr,
