@@ -1,5 +1,6 @@
 """What the tests share: one place for tolerances, one way to roll out and to score."""
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from peft import get_peft_model
 
 from peft_pte import PTEConfig
+from peft_pte.eviction.policy import POLICIES as REGISTERED
+from peft_pte.updates import UPDATES
 from tests.cases import EAGER_ONLY, PAD, VOCABULARY, make_base
 
 # Of the largest expected value. Replay against rollout over the whole case table differed by at most 1.3e-6 (float32) and
@@ -62,6 +65,18 @@ def make_pte(name="llama", *, dtype=torch.float32, seed=0, base=None, attn_imple
     config = PTEConfig(task_type="CAUSAL_LM", **{**SMALL, **fields})
     adapted = get_peft_model(base.to(dtype), config)
     return adapted.eval()
+
+
+@contextlib.contextmanager
+def forgotten():
+    """What is registered within the block is forgotten behind it."""
+    before = [(registry, dict(registry)) for registry in (REGISTERED, UPDATES)]
+    try:
+        yield
+    finally:
+        for registry, known in before:
+            registry.clear()
+            registry.update(known)
 
 
 _STATES = itertools.count(1000)

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 import peft_pte
 from peft_pte import PTEConfig
-from peft_pte.eviction import policy
 from peft_pte.integrations import distillation, kvpress
 from peft_pte.integrations import trl as trl_integration
+from tests.helpers import SMALL, assert_close, forgotten, make_prompts, make_pte, roll_out, thought_logits
 from tests.integrations.trainers import make_chat_tokenizer, small_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,15 +203,13 @@ def names(shelf, monkeypatch, request):
     """What the blocks of a page may take for granted, in a folder where `adapter` and `my-lora` lie."""
     page, tokenizer = request.node.callspec.params["page"], make_chat_tokenizer()
     monkeypatch.chdir(shelf)
-    # What a page registers is forgotten with it.
-    monkeypatch.setattr(policy, "POLICIES", dict(policy.POLICIES))
     for kind in (TrainingArguments, trl.GRPOConfig, trl.SFTConfig, trl.DPOConfig, distillation.SelfDistillationConfig):
         shorten(monkeypatch, kind)
     base = AutoModelForCausalLM.from_pretrained(shelf / "model")
     batch = tokenizer.apply_chat_template(
         turns("user", QUESTIONS), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    return {
+    given = {
         "__name__": f"page_{page.stem}",
         "torch": torch,
         "peft_pte": peft_pte,
@@ -223,6 +221,8 @@ def names(shelf, monkeypatch, request):
         "reward_funcs": small_words,
         "batch": {name: batch[name] for name in ("input_ids", "attention_mask")},
     }
+    with forgotten():
+        yield given
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks_of(page, "python")], ids=name_of)
@@ -239,6 +239,28 @@ def test_code_blocks_run(page, names):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(made, names)
         printed = out.getvalue()
+
+
+EXTENSIONS = {"register_eviction": {"eviction": "large_values"}, "register_update": {"encoder_attention": "sigmoid"}}
+
+
+@pytest.mark.parametrize("how", EXTENSIONS)
+def test_extensions_are_short_and_keep_the_promise(how):
+    blocks = blocks_of(ROOT / "docs" / "extending.md", "python")
+    code = next(code for _, code, _ in blocks if how in code).partition("\nconfig = ")[0]
+    assert len(code.strip().splitlines()) <= 20
+    with forgotten():
+        exec(compile(code, how, "exec"), {"__name__": "extension"})
+        model = make_pte(dtype=torch.float64, **EXTENSIONS[how])
+        length = 4 * SMALL["cache_window"]
+        rollout = roll_out(model, make_prompts(), length)
+        with torch.no_grad():
+            assert_close(thought_logits(model, rollout.truncated(length)).float(), rollout.logits)
+        static = roll_out(model, make_prompts(), length, cache_implementation="static")
+    assert_close(static.logits, rollout.logits)
+    # It is not what comes with the package.
+    other = roll_out(make_pte(dtype=torch.float64), make_prompts(), length)
+    assert (other.logits - rollout.logits).abs().max() > 1e-3
 
 
 def test_few_blocks_are_not_run():

@@ -2,10 +2,8 @@
 
 import copy
 import pickle
-import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -573,14 +571,3 @@ def test_a_cache_is_made_by_its_options():
     cache = PTECache(model.config, other)
     with pytest.raises(ValueError, match="another adapter configuration"):
         model(torch.arange(1, 9)[None], past_key_values=cache)
-
-
-def test_the_policy_of_the_docs():
-    text = (Path(peft_pte.__file__).parents[2] / "docs" / "extending.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_eviction" in block)
-    assert len(code.strip().splitlines()) <= 20
-    exec(compile(code, "docs/extending.md", "exec"), {"__name__": "docs_extending"})
-    model = make_pte(dtype=torch.float64, eviction="large_values")
-    rollout = roll_out(model, make_prompts(), 4 * WINDOW)
-    with torch.no_grad():
-        assert_close(thought_logits(model, rollout.truncated(4 * WINDOW)).float(), rollout.logits)

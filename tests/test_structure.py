@@ -13,7 +13,7 @@ import peft_pte
 PACKAGE = Path(peft_pte.__file__).parent
 # Lower rooms never import upper ones; no import of a module forms a circle.
 FLOORS = [
-    {"shapes", "_peft_type", "lora_fields", "eviction", "card", "config", "chat"},
+    {"shapes", "_peft_type", "lora_fields", "eviction", "card", "config", "chat", "updates"},
     {"ops"},
     {"method"},
     {"cache"},
@@ -153,5 +153,6 @@ def test_public_names():
         "head_importance",
         "prompt_end",
         "register_eviction",
+        "register_update",
     }
     assert all(hasattr(peft_pte, name) for name in peft_pte.__all__)

@@ -14,6 +14,7 @@ from .eviction.records import Evictions
 from .tuner.convert import convert_lora
 from .tuner.importance import head_importance
 from .tuner.model import PTEModel
+from .updates import register_update
 
 __all__ = [
     "EvictionPolicy",
@@ -27,6 +28,7 @@ __all__ = [
     "head_importance",
     "prompt_end",
     "register_eviction",
+    "register_update",
 ]
 
 __version__ = "0.2.0"

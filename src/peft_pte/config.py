@@ -18,9 +18,9 @@ from .card import add_section, is_card
 from .eviction import policies as policies  # registers them
 from .eviction.policy import make_policy
 from .lora_fields import explain_argument, explain_attribute, is_lora_field
+from .updates import UPDATES
 
 STATE_UPDATES = ("progressive", "frozen", "off")
-ENCODER_ATTENTIONS = ("linear", "softmax", "slots")
 KEY_ROTATIONS = ("removed", "kept")
 STATE_ADDRESSES = ("key", "value")
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -114,7 +114,8 @@ class PTEConfig(PeftConfig):
             from an empty state and keeps one learned query per rank.
         encoder_attention: How the evicted tokens share the rows of the state. ``"linear"``: the paper's
             ``S' = (W_Q h_g)(W_K K)^T (W_V V)``; ``"slots"``, the default: with a softmax over the rows, so that what is written to one
-            leaves the others alone, which remembers more (docs/evidence.md); ``"softmax"``: over the evicted tokens.
+            leaves the others alone, which remembers more (docs/evidence.md); ``"softmax"``: over the evicted tokens; or one that
+            was registered (:func:`peft_pte.register_update`).
         update_gain: Factor on ``S'`` before it is added to the state.
         state_update: ``"progressive"`` (the method), ``"frozen"`` (the state stays ``S0``: the paper's Global-Only) or
             ``"off"`` (the state is the identity: LoRA under the bounded cache, the paper's LoRA_c).
@@ -182,7 +183,7 @@ class PTEConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Options of the policy that `eviction` names."}
     )
     num_global_tokens: int = field(default=32, metadata={"help": "Rows of the thought state; 0: no global start."})
-    encoder_attention: Literal["linear", "softmax", "slots"] = field(
+    encoder_attention: str = field(
         default="slots", metadata={"help": "Attention of the encoder over the evicted tokens."}
     )
     update_gain: float = field(default=1.0, metadata={"help": "Factor on an update of the state."})
@@ -366,7 +367,7 @@ class PTEConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         for name, allowed in (
-            ("encoder_attention", ENCODER_ATTENTIONS),
+            ("encoder_attention", tuple(UPDATES)),
             ("state_update", STATE_UPDATES),
             ("key_rotation", KEY_ROTATIONS),
             ("state_address", STATE_ADDRESSES),

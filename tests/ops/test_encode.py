@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from peft_pte.config import ENCODER_ATTENTIONS
 from peft_pte.ops import delta, encode, resolve_impl
-from peft_pte.ops.updates import UPDATES
+from peft_pte.updates import UPDATES, register_update
+from tests.helpers import forgotten
 from tests.ops.common import DEVICE, IMPLEMENTATIONS, assert_matches
 
 # (B, N, E, D, Q, R)
@@ -113,9 +113,28 @@ def test_evictions_together_are_evictions_one_by_one(impl, attention):
         torch.testing.assert_close(together[:, part], state, rtol=0, atol=2e-6)
 
 
-def test_the_registry_of_updates_is_what_the_config_knows():
-    assert tuple(UPDATES) == ENCODER_ATTENTIONS
+def test_every_update_has_a_source():
     assert all(update.source for update in UPDATES.values())
+
+
+def test_a_registered_update():
+    def double(scores, valid):
+        return 2.0 * scores / (scores.shape[-1] if valid is None else valid.sum(dim=-1)[..., None, None])
+
+    operands = [torch.randn(*shape) for shape in ((2, 3, 4), (3, 4), (2, 1, 5, 8), (2, 1, 5, 8), (4, 8), (4, 8))]
+    valid = torch.tensor([True, True, False, True, False]).expand(2, 1, 5)
+    with forgotten():
+        with pytest.raises(ValueError, match="`encoder_attention` 'linear' is known already"):
+            register_update("linear", source="a test")(double)
+        for _ in range(2):  # As where a module is loaded again.
+            assert register_update("double", source="a test")(double) is double
+        found = encode(*operands, valid, attention="double", gain=0.5)
+        # What it gives to padding is not used.
+        torch.testing.assert_close(found, encode(*operands, valid, attention="linear", gain=1.0))
+        with pytest.raises(
+            NotImplementedError, match="`impl=\"triton\"` knows the updates 'linear', 'slots', 'softmax'"
+        ):
+            encode(*operands, attention="double", impl="triton")
 
 
 def test_auto_is_resolved_and_visible():

@@ -16,8 +16,8 @@ from ...shapes import (
     LeavingValid,
     checked,
 )
+from ...updates import implementation_of
 from ..implementation import resolve_impl
-from ..updates import update_of
 
 ROTARY_STYLES = ("half", "interleaved")
 
@@ -73,7 +73,8 @@ def compress_(
         ValueError: A choice is none of the above, or a shape or layout contradicts the others.
         NotImplementedError: ``impl`` cannot run on the device of ``state``.
     """
-    _check(state, keys, values, key_projection, cos, sin, attention, rotary_style)
+    impl = implementation_of(attention, impl)
+    _check(state, keys, values, key_projection, cos, sin, rotary_style)
     due = state.shape[1] if rows is None else rows.shape[0]
     if slots.shape[0] != due:
         raise ValueError(f"`slots` must have one row for each of the {due} rows that are due, got {slots.shape[0]}.")
@@ -107,10 +108,8 @@ def _check(
     key_projection: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    attention: str,
     rotary_style: str,
 ) -> None:
-    update_of(attention)
     if rotary_style not in ROTARY_STYLES:
         raise ValueError(f"`rotary_style` must be one of {ROTARY_STYLES}, got {rotary_style!r}.")
     if state.dtype not in (torch.float32, torch.float64):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...shapes import EvictedRows, EvictedValid, Projection, Query, State, checked
+from ...updates import implementation_of
 from ..implementation import resolve_impl
-from ..updates import update_of
 
 
 @checked
@@ -42,7 +42,7 @@ def encode(
         gain: Factor on the update.
         attention: ``"linear"``: the mean over the valid evicted tokens of ``(q . k / sqrt(R)) v``; ``"softmax"``: the
             softmax-weighted sum; ``"slots"``: the mean with ``Q softmax_Q(q . k / sqrt(R))`` for the score, so that a token
-            is shared out among the rows.
+            is shared out among the rows; or one that was registered (:func:`peft_pte.register_update`).
         impl: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -50,9 +50,9 @@ def encode(
 
     Raises:
         ValueError: ``attention`` or ``impl`` is none of the above.
-        NotImplementedError: ``impl`` cannot run on the device of ``state``.
+        NotImplementedError: ``impl`` cannot run on the device of ``state``, or does not know the update.
     """
-    update_of(attention)
+    impl = implementation_of(attention, impl)
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     state, query, keys, values, key_projection, value_projection = (
         operand.to(dtype) for operand in (state, query, keys, values, key_projection, value_projection)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..updates import UPDATES
+from ...updates import UPDATES
 
 
 def updates_reference(
