@@ -12,18 +12,26 @@ from importlib.metadata import entry_points
 
 import peft_pte as peft_pte
 
+_START_OTHERS = ("trl", "accelerate", "torchrun", "deepspeed")
+"""Commands that do their work in processes which they start."""
+
 
 def main() -> None:
     """Run the command that the first argument names.
 
     Raises:
-        SystemExit: There is none of that name, or the command ends so.
+        SystemExit: There is none of that name, it does its work in other processes, or the command ends so.
     """
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
+    if sys.argv[1] in _START_OTHERS:
+        raise SystemExit(
+            f"{sys.argv[1]!r} starts processes of its own, which would not know the method. Import peft_pte in the script that it starts; for TRL's own "
+            "scripts examples/trl_script.py does."
+        )
     found = entry_points(group="console_scripts", name=sys.argv[1])
     if not found:
         raise SystemExit(

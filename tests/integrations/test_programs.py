@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import pipeline
 
 from tests.integrations.common import make_tokenizer, make_trl_base, pte_config
+from tests.integrations.trainers import MARKER, make_chat_tokenizer
 
 TASK = """
 task: {kind}_words
@@ -75,6 +77,48 @@ def test_lm_evaluation_harness_scores_and_generates(tmp_path):
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         written = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample["resps"][0][0].split() == written.split()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    "sft": ([{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": " ".join(["w5 w6 w7"] * 8)}], []),
+    "grpo": (
+        [{"role": "user", "content": "w3 w4"}],
+        ["--reward_funcs", "think_format_reward", "--num_generations", "2", "--max_completion_length", "24"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_of_trl_train_pte(name, tmp_path):
+    messages, options = SCRIPTS[name]
+    make_trl_base("llama").save_pretrained(tmp_path / "base")
+    make_chat_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"messages" if name == "sft" else "prompt": messages})] * 4
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    command = [
+        *(sys.executable, ROOT / "examples" / "trl_script.py", name, "--model_name_or_path", tmp_path / "base"),
+        *("--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "adapter", "--max_steps", 1, "--use_cpu"),
+        *("--lora_r", 4, "--num_global_tokens", 5, "--cache_window", 8, "--lora_target_modules", "q_proj", "down_proj"),
+        *("--per_device_train_batch_size", 2, "--report_to", "none", "--bf16", "False", *options),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    config = model.peft_config["default"]
+    assert (config.peft_type, config.r, config.alpha, config.cache_window) == ("PTE", 4, 32, 8)
+    assert set(config.target_modules) == {"q_proj", "down_proj"}
+    assert config.prompt_end == [MARKER]
+
+
+@pytest.mark.parametrize("name", ["trl", "accelerate", "torchrun"])
+def test_commands_that_start_processes_of_their_own(name):
+    done = run(name, "sft")
+    assert done.returncode != 0
+    assert "starts processes of its own" in done.stderr
+    assert "examples/trl_script.py" in done.stderr
 
 
 def test_a_command_that_is_not_there():
