@@ -462,7 +462,15 @@ class PTEConfig(PeftConfig):
         return (self.cache_window or 0) // self.tokens_per_eviction
 
     def scale(self, rank: int, alpha: float | None = None) -> float:
-        """The factor on an adapter of ``rank``; ``alpha`` overrides the config's (``alpha_pattern``)."""
+        """``scale``, the factor on an adapter.
+
+        Args:
+            rank: Of the adapter.
+            alpha: In place of the config's (``alpha_pattern``).
+
+        Returns:
+            ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
+        """
         numerator = alpha if alpha is not None else self.alpha
         numerator = 2.0 * rank if numerator is None else numerator
         return numerator / (math.sqrt(rank) if self.use_rslora else rank)

@@ -491,7 +491,10 @@ class PTECache(Cache):
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` thoughts of every row back.
+        """Take the last thoughts of every row back.
+
+        Args:
+            tokens_to_remove: Minus their number, as transformers counts.
 
         Raises:
             ValueError: An evicted token, or a token of the prompt, would have to come back or go.
@@ -530,7 +533,11 @@ class PTECache(Cache):
             self.count(self.rows, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row ``i`` be what row ``beam_idx[i]`` was, state and all."""
+        """Let row ``i`` be what row ``beam_idx[i]`` was, state and all.
+
+        Args:
+            beam_idx: ``[B]``, int64.
+        """
         self._map_rows(
             lambda part: part.index_select(0, beam_idx.to(part.device)), lambda layer: layer.reorder_cache(beam_idx)
         )
@@ -540,7 +547,11 @@ class PTECache(Cache):
         self._map_rows(lambda part: part.repeat_interleave(repeats, dim=0), lambda layer: repeat_own(layer, repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, state and all."""
+        """Keep some rows, state and all.
+
+        Args:
+            indices: Which, ``[B']``, int64.
+        """
         self._map_rows(lambda part: part[indices.to(part.device)], lambda layer: select_own(layer, indices))
 
     def move_to(self, device: torch.device | str) -> PTECache:

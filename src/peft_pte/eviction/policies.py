@@ -139,7 +139,11 @@ class HeadBudget(Attention):
         return split(importance[layer], window, max(evict, self.queries), self.equal)
 
     def check(self, window: int, evict: int) -> None:
-        """Raise a ValueError where nothing of a window is left to be split."""
+        """Refuse a window of which nothing is left to be split.
+
+        Raises:
+            ValueError: It is not longer than what every head gets.
+        """
         least = max(evict, self.queries)
         if window <= least:
             raise ValueError(

@@ -95,17 +95,44 @@ class EvictionPolicy:
         return 0
 
     def score(self, window: Window) -> HeadScores:
-        """Importance ``[B, G, N]`` of the thoughts; those with the highest stay."""
+        """Importance of the thoughts; those with the highest stay.
+
+        Args:
+            window: What the layer holds.
+
+        Returns:
+            ``[B, G, N]``, one score for each thought and KV head, of any floating dtype.
+
+        Raises:
+            NotImplementedError: The policy is ``uniform``.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} is uniform: it evicts the oldest thoughts and scores nothing."
         )
 
     def budgets(self, layer: int, window: int, evict: int) -> tuple[int, ...] | None:
-        """Thoughts that each head of a layer holds at most, ``window`` on average; ``None``: ``window`` each."""
+        """How many thoughts each head of a layer holds at most.
+
+        Args:
+            layer: Of the model, counted from 0.
+            window: ``W``, in thoughts.
+            evict: ``m``, in thoughts.
+
+        Returns:
+            One number for each KV head, at least ``m`` and ``window`` on average; ``None``: ``window`` each.
+        """
         return None
 
     def check(self, window: int, evict: int) -> None:
-        """Raise a ValueError where a window of ``window`` thoughts, of which ``evict`` leave together, is none for this policy."""
+        """Refuse a window that is none for this policy.
+
+        Args:
+            window: ``W``, in thoughts.
+            evict: ``m``, thoughts that leave together.
+
+        Raises:
+            ValueError: The window is too small.
+        """
         if self.observed > window:
             raise ValueError(
                 f"`cache_window` must be at least {self.observed} for {type(self).__name__}, which looks at the queries of as many thoughts, got "
@@ -114,7 +141,18 @@ class EvictionPolicy:
 
     @torch.no_grad()
     def leaving(self, window: Window, evict: int) -> Tensor:
-        """``[B, G, evict]``, indices of the thoughts that leave, the least important first; by default by score, the older of equal ones."""
+        """Which thoughts leave: by default those with the lowest scores, the older of equal ones.
+
+        Args:
+            window: What the layer holds.
+            evict: ``m``, how many leave each head.
+
+        Returns:
+            ``[B, G, evict]``, indices into the window, the least important first.
+
+        Raises:
+            ValueError: ``score`` gives another number of scores.
+        """
         scores = self.score(window)
         if scores.shape != window.positions.shape:
             raise ValueError(
@@ -127,7 +165,15 @@ class EvictionPolicy:
         return scores.argsort(dim=-1, stable=True)[..., :evict]
 
     def chosen(self, window: Window, evict: int, lost: Tensor | None = None) -> Tensor:
-        """``[B, G, N]``, True for thoughts that leave: ``evict`` of each head, or the first ``lost [B, G]`` of them.
+        """Where in the window the thoughts are that leave.
+
+        Args:
+            window: What the layer holds.
+            evict: ``m``, how many leave each head at most.
+            lost: ``[B, G]``, how many leave where heads lose different numbers; ``None``: ``evict`` each.
+
+        Returns:
+            ``[B, G, N]``, True for thoughts that leave.
 
         Raises:
             ValueError: A policy that says for itself which leave names too few, or one twice, or one that is not there.
@@ -166,6 +212,12 @@ P = TypeVar("P", bound=EvictionPolicy)
 
 def register_eviction(name: str) -> Callable[[type[P]], type[P]]:
     """Let ``PTEConfig(eviction=name)`` be the policy that is decorated; its fields are ``eviction_options``.
+
+    Args:
+        name: What ``PTEConfig.eviction`` calls it. Whoever loads the adapter registers it before.
+
+    Returns:
+        A decorator that gives the class back.
 
     Raises:
         TypeError: It is no dataclass that extends :class:`EvictionPolicy`.

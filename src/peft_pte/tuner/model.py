@@ -89,7 +89,18 @@ class PTEModel(BaseTuner):
         return self.model(*args, **kwargs)
 
     def new_cache(self, adapter_name: str | None = None, static: bool = False) -> PTECache:
-        """An empty cache for ``adapter_name`` (default: the active adapter); ``static``: at fixed addresses."""
+        """An empty cache, to hand to ``generate`` or to a call as ``past_key_values``.
+
+        Args:
+            adapter_name: Whose window, prompt end and states; ``None``: the active adapter's.
+            static: Whether it stands at fixed addresses, for one graph.
+
+        Returns:
+            The cache; what it holds comes with its first call.
+
+        Raises:
+            NotImplementedError: The model or the adapter has no such form.
+        """
         name = adapter_name or self.active_adapters[0]
         return PTECache(self.model.config.get_text_config(decoder=True), self.peft_config[name], static=static)
 
@@ -303,6 +314,10 @@ class PTEModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make ``adapter_name`` the active adapter.
+
+        Args:
+            adapter_name: A name, or a list of one.
+            inference_mode: Whether its weights are frozen.
 
         Raises:
             ValueError: More than one adapter is named.

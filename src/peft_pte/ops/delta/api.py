@@ -113,7 +113,16 @@ class TokenOps(NamedTuple):
 
 
 def for_tokens(impl: str, device: torch.device, dtype: torch.dtype, rows: int) -> TokenOps:
-    """What ``impl`` has for one token of each of so many ``rows``, with weights of ``dtype`` on ``device``.
+    """The operations of one token per row, for who calls them often.
+
+    Args:
+        impl: ``"auto"``, ``"reference"`` or ``"triton"``.
+        device: Where they run.
+        dtype: Of the weights.
+        rows: ``B``.
+
+    Returns:
+        :func:`delta_read` and :func:`delta_add_` of one implementation, which check nothing.
 
     Raises:
         ValueError: ``impl`` is no implementation.
