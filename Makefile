@@ -53,15 +53,15 @@ docs: install
 	@echo "site/index.html"
 
 benchmark: install
-	$(BIN)/python -m benchmarks run figures
+	$(BIN)/python -m benchmarks run footprint
 	$(BIN)/python -m benchmarks report
 
 benchmark-quick: install
-	$(BIN)/python -m benchmarks run all --quick
-	$(BIN)/python -m benchmarks report --results outputs/benchmarks --stdout
+	$(BIN)/python -m benchmarks run speed --quick
+	$(BIN)/python -m benchmarks report speed --results outputs/benchmarks --stdout
 
 benchmark-gpu: install
-	$(BIN)/python -m benchmarks run all
+	$(BIN)/python -m benchmarks run speed
 	$(BIN)/python -m benchmarks report
 
 build: install

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import eviction, half
+from .common.pages import insert
 from .machine import ROOT, load_runs
 from .memory import report as memory
 from .memory.run import RESULTS as MEMORY
@@ -20,7 +20,6 @@ from .recipe import report as recipe
 from .recipe.run import RESULTS as RECIPE
 from .rl import report as rl
 from .rl.run import RESULTS as RL
-from .tables import insert
 
 PAGES = ("evidence.md", "evidence_log.md", "eviction.md", "lora.md")
 EVIDENCE, LOG, EVICTION, LORA = (ROOT / "docs" / name for name in PAGES)
@@ -59,9 +58,6 @@ def render(document: Path) -> str:
     for name, (report, folder, place) in SECTIONS.items():
         if place == document:
             text = insert(text, f"{provenance(load_runs(folder))}\n\n{report(folder)}", name)
-    for place, name, table in ((EVICTION, "eviction-cost", eviction.report), (EVIDENCE, "half", half.report)):
-        if place == document:
-            text = insert(text, table(), name)
     return text
 
 

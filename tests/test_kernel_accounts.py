@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import kernel_accounts as accounts
+from benchmarks.kernels import report as accounts
 
 SHAPES = {shape.name: shape for shape in accounts.shapes()}
 TINY = accounts.Shape("tiny", 2, 3, 4, 10, 12, 20, 1000, batch=5, window=8, evicted=7, queries=6, rank=3)

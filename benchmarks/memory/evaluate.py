@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_pte.method.encoder import PTEEncoder
 from peft_pte.method.state import Evicted
 
-from ..intervals import share
+from ..common.intervals import share
 from .model import follows, recall
 from .task import PROMPT, Traces, held, make_traces
 

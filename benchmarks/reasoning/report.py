@@ -11,9 +11,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from ..intervals import wilson
+from ..common.intervals import wilson
+from ..common.pages import table
 from ..machine import load_runs
-from ..tables import table
 from .evaluate import bootstrap, evictions, per_problem, solved
 from .run import changes, name_of
 from .settings import ARMS, Settings

@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..intervals import share
+from ..common.intervals import share
 from ..machine import ROOT
 from ..rl.evaluate import window_of
 from .tasks import Batch, Task

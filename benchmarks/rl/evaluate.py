@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..intervals import clustered_share, share
+from ..common.intervals import clustered_share, share
 from .task import EOS, PAD, Problems, grade, make_problems, words
 
 EVALUATION_SEED = 777_000

@@ -13,9 +13,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from ..common.arithmetic import full_cache_bytes
 from ..machine import load_runs
 from ..small import same_base
-from ..theory import full_cache_bytes
 from .model import new_model
 from .task import CHANCE, make_problems
 from .train import PROTOCOLS, Settings

@@ -18,10 +18,6 @@ def test_the_document_is_rendered_from_the_results(name, tmp_path):
     assert list(copy.glob("*.png")) or document in (evidence.EVICTION, evidence.LORA) or name == "recipe-tuning"
 
 
-def test_the_cost_of_a_choice_is_rendered_from_its_results():
-    assert evidence.eviction.report() in evidence.EVICTION.read_text(), "run `python -m benchmarks.evidence`"
-
-
 def test_a_provenance_names_every_machine_and_commit():
     one = {"date": "2026-01-01T00:00", "cpu": "x", "cores": 2, "gpu": None, "threads": 1, "versions": {"torch": "2"}}
     text = evidence.provenance([{**one, "commit": "a" * 40}, {**one, "date": "2026-01-03T00:00", "commit": "b" * 40}])

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from benchmarks import half, protocol
-from benchmarks.cases import SHAPES, shape_config
-from benchmarks.machine import ROOT
-from benchmarks.theory import kv_bytes_per_token
+from benchmarks.common.arithmetic import kv_bytes_per_token
+from benchmarks.common.models import SHAPES, shape_config
+from benchmarks.half import measure as half
+from benchmarks.protocol import report as protocol
+from tests.benchmarks.test_runner import SOURCE
 
 SHAPE = "Qwen2.5-3B"
 ROW = {
@@ -23,6 +24,7 @@ ROW = {
     "scoring_peak_bytes": 1e9,
     "decoding_launches": 1000.0,
     "layers": 36,
+    "source": SOURCE,
 }
 CARD = protocol.Card(memory=80e9, flops=1e15, bandwidth=1e12, flops_reached=1.0, bandwidth_reached=1.0, launch=1e-9)
 
@@ -61,12 +63,12 @@ def test_memory_is_the_larger_of_scoring_and_writing():
 
 def test_the_table_says_what_does_not_fit():
     small = {"card": dataclasses.replace(CARD, memory=1e9)}
-    text = protocol.report([ROW])
+    text = protocol.render([ROW])
     assert "Qwen2.5-3B-Instruct" in text
     assert "too much" not in text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "CARDS", small)
-        assert "too much" in protocol.report([ROW])
+        assert "too much" in protocol.render([ROW])
 
 
 def test_log_ratios_of_a_rollout_are_nothing_in_float32(tmp_path):
@@ -85,13 +87,3 @@ def test_log_ratios_of_a_rollout_are_nothing_in_float32(tmp_path):
         found = half.log_ratios(model, torch.randint(3, 50, (2, 5)), 24)
         assert found.shape == (2, 24)
         assert found.abs().max() < 1e-4
-
-
-@pytest.mark.skipif(not (ROOT / "benchmarks" / "results" / "protocol.json").exists(), reason="not run yet")
-def test_the_page_is_rendered_from_the_results():
-    import json
-
-    rows = json.loads((ROOT / "benchmarks" / "results" / "protocol.json").read_text())["rows"]
-    assert protocol.report(rows) in (ROOT / "examples" / "paper" / "README.md").read_text(), (
-        "run `python -m benchmarks report`"
-    )

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.intervals import wilson
+from benchmarks.common.intervals import wilson
 from benchmarks.reasoning import report as reports
 from benchmarks.reasoning.__main__ import parser
 from benchmarks.reasoning.evaluate import bootstrap, evictions, pass_at_k, solved

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from benchmarks.intervals import clustered_share, share
+from benchmarks.common.intervals import clustered_share, share
 from benchmarks.rl import task
 from benchmarks.rl.evaluate import EVALUATION_SEED, window_of
 from benchmarks.rl.report import peak_cache, report

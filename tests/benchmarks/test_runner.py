@@ -1,6 +1,6 @@
 """The runner, its times and its tables, on rows that take no time; `--quick` end to end is slow."""
 
-import json
+import argparse
 import os
 import subprocess
 import sys
@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compress, decode, delta, report, run, train
-from benchmarks.cases import shaped_base
-from benchmarks.machine import ceilings
-from benchmarks.session import Session, attempt
-from benchmarks.tables import insert
-from benchmarks.timing import Budget, Spread, compare
+from benchmarks.common.models import shaped_base
+from benchmarks.common.pages import insert, origin
+from benchmarks.common.records import FILE, FOLDER, Results, read
+from benchmarks.common.session import Session
+from benchmarks.common.timing import Budget, Spread, ceilings, compare
+from benchmarks.questions import QUESTIONS, module
+from benchmarks.speed import compress, decode, delta, report, train
+from benchmarks.speed.measure import KEY, PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -27,9 +29,14 @@ class Case:
     batch: int = 1
 
 
-def session(seconds=60.0, peers=None):
+SOURCE = {"date": "2026-01-01", "command": "c", "commit": "abc", "dirty": False, "cpu": "x", "cores": 2, "gpu": None}
+SOURCE |= {"threads": 1, "versions": {"torch": "2"}}
+
+
+def session(seconds=60.0, peers=None, path=Path("nowhere"), key=KEY):
+    options = argparse.Namespace(quick=True, peers=peers, part=None, shapes=None)
     limits = {"bytes_per_second": 1e10, "flop_per_second": 1e11}
-    return Session(CPU, torch.float32, True, Budget(seconds), limits, ("tiny",), peers)
+    return Session(CPU, torch.float32, options, Results(path, key, SOURCE), Budget(seconds), limits, ("tiny",))
 
 
 def test_a_spread_is_median_and_quartiles():
@@ -53,7 +60,7 @@ def test_what_a_peer_cannot_do_is_a_result(error):
     def refuse():
         raise error
 
-    row = attempt(Case(), "peer", refuse, session())
+    row = session().attempt("part", Case(), "peer", refuse)
     assert row["peer"] == "peer"
     assert "no" in row["not_available"]
 
@@ -63,9 +70,9 @@ def test_a_fault_is_raised_and_a_used_budget_is_said():
         raise ValueError("a fault")
 
     with pytest.raises(ValueError, match="a fault"):
-        attempt(Case(), "peer", fail, session())
-    assert attempt(Case(), "peer", fail, session(-1))["not_available"].startswith("skipped: 0 s left")
-    assert "about 99 s needed" in attempt(Case(), "peer", fail, session(60), expected=99)["not_available"]
+        session().attempt("part", Case(), "peer", fail)
+    assert session(-1).attempt("part", Case(), "peer", fail)["not_available"].startswith("skipped: 0 s left")
+    assert "about 99 s needed" in session().attempt("part", Case(), "peer", fail, expected=99)["not_available"]
 
 
 def test_ceilings_are_measured():
@@ -123,57 +130,63 @@ def test_fields_that_a_version_lacks_are_said():
 
 
 def test_results_become_tables(tmp_path):
-    given = session(peers=("base_linear", "lora"))
-    source = {
-        "date": "2026-01-01",
-        "command": "c",
-        "commit": "abc",
-        "dirty": False,
-        "cpu": "x",
-        "cores": 2,
-        "gpu": None,
-    }
-    run.run_case("delta", given, {**source, "versions": {}}, tmp_path)
-    path = tmp_path / "delta-base_linear-lora.json"
-    content = json.loads(path.read_text())
-    assert content["schema"] == run.SCHEMA
-    assert len(content["rows"]) == 2 * len(delta.cases(given))
-    text = report.render(report.load([tmp_path]))
+    given = session(peers=("base_linear", "lora"), path=tmp_path / FILE)
+    for record in delta.measure(given):
+        given.results.append(record)
+    records = read(tmp_path / FILE)
+    assert len(records) == 2 * len(delta.cases(given))
+    text = report.render(records)
+    assert report.NOTHING in text
     assert "| tiny | up_proj | 1 | 1 | 1.00 |" in text
     assert "microseconds" not in text  # Times of a CPU are ratios.
 
 
-def test_peers_of_two_files_share_a_table(tmp_path):
-    source = {"date": "2026-01-01", "command": "c", "commit": None, "dirty": None, "cpu": "x", "cores": 2, "gpu": "G"}
+def test_a_run_goes_on_where_it_was_and_tries_again_what_was_left(tmp_path):
+    first = session(path=tmp_path / FILE)
+    rows = list(delta.measure(first))
+    first.results.append(rows[0])
+    first.results.append({**rows[1], "not_available": "skipped: 0 s left"})
+    again = session(path=tmp_path / FILE)
+    assert [row["peer"] for row in delta.measure(again)] == [row["peer"] for row in rows[1:]]
+    again.results.append(rows[1])
+    assert "not_available" not in read(tmp_path / FILE, KEY)[1]
+    assert not Results(tmp_path / FILE, KEY, SOURCE, fresh=True).has(rows[0])
+
+
+def test_what_a_gpu_timed_stands_for_itself():
+    limits = {"bytes_per_second": 1e12, "flop_per_second": 1e15}
+    rows = []
     for peer, seconds in (("base_dynamic", 0.01), ("kvpress", 0.02)):
-        row = {**small_decode().__dict__, "peer": peer, "seconds_per_token": seconds, "share_of_floor": 0.5}
-        limits = {"bytes_per_second": 1e12, "flop_per_second": 1e15}
-        content = {
-            "schema": 1,
-            "case": "decode",
-            "source": {**source, "versions": {}},
-            "device": "cuda",
-            "quick": False,
-        }
-        content |= {
-            "dtype": "bfloat16",
-            "ceilings": limits,
-            "rows": [row, {**row, "peer": "pte", "not_available": "why"}],
-        }
-        (tmp_path / f"{peer}.json").write_text(json.dumps(content))
-    text = report.render(report.load([tmp_path]))
+        row = {"part": "decode", **small_decode().__dict__, "peer": peer, "device": "G", "source": SOURCE}
+        rows.append({**row, "seconds_per_token": seconds, "share_of_floor": 0.5, "ceilings": limits})
+        rows.append({**row, "peer": "pte", "not_available": "why"})
+    text = report.render(rows)
+    assert report.NOTHING not in text
     assert "| tiny | 2 | 24 | 10.00 (50%) | 20.00 (50%) |" in text
     assert "* pte (2 cases, the first tiny/2/24): why" in text
     assert "1,000 GB/s" in text
 
 
-def test_committed_results_render_into_the_readmes():
-    results = report.load([ROOT / "benchmarks" / "results"])
-    for path, name in (("docs/performance.md", "performance"), ("benchmarks/README.md", "benchmarks")):
-        text = (ROOT / path).read_text()
-        assert insert(text, report.render(results, name == "performance"), name) == text, (
-            "run python -m benchmarks report"
-        )
+SECTIONS = [(name, section) for name in QUESTIONS for section in module(name, "report").SECTIONS]
+
+
+@pytest.mark.parametrize(("name", "section"), SECTIONS, ids=[section.marker for _, section in SECTIONS])
+def test_pages_say_what_the_results_say(name, section):
+    text = section.path.read_text()
+    assert insert(text, section.block(FOLDER / name), section.marker) == text, f"run python -m benchmarks report {name}"
+
+
+def test_every_record_says_where_it_comes_from():
+    for path in FOLDER.rglob("*.jsonl"):
+        for record in read(path):
+            assert {"date", "command", "commit", "cpu", "gpu", "versions"} <= set(record["source"]), path
+
+
+def test_an_origin_names_every_machine_and_commit():
+    other = {**SOURCE, "date": "2026-01-03T00:00", "commit": "b" * 40, "dirty": True}
+    assert origin([{"source": SOURCE}, {"source": other}], commands=False) == (
+        f"*2 runs; 2026-01-01 to 2026-01-03; x, 2 cores, 1 in use, no GPU; torch 2; commit abc, {'b' * 12} with uncommitted changes.*"
+    )
 
 
 def run_module(*words, **environment):
@@ -187,16 +200,19 @@ def run_module(*words, **environment):
     )
 
 
-def test_a_missing_command_shows_the_usage():
+def test_without_a_question_they_are_listed():
     done = run_module()
-    assert done.returncode == 1
-    assert "run,report" in done.stderr
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in QUESTIONS)
+    assert run_module("run", "unknown").returncode == 1
 
 
 @pytest.mark.slow
 def test_quick_end_to_end(tmp_path):
-    done = run_module("run", "all", "--quick", "--output", str(tmp_path))
+    done = run_module("run", "speed", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {path.stem for path in tmp_path.glob("*.json")} == set(run.DEFAULT_SET)
-    shown = run_module("report", "--results", str(tmp_path), "--stdout")
+    records = read(tmp_path / "speed" / FILE)
+    assert {record["part"] for record in records} == set(PARTS)
+    assert records[0]["source"]["command"] == "python -m benchmarks run speed --quick"
+    shown = run_module("report", "speed", "--results", str(tmp_path), "--stdout")
     assert "relative to the base model" in shown.stdout

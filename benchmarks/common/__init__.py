@@ -1,0 +1,1 @@
+"""What the questions share: models, records, times and bytes, pages."""

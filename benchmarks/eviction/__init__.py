@@ -1,0 +1,1 @@
+"""What choosing what leaves costs beside an eviction."""

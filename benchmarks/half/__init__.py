@@ -1,0 +1,1 @@
+"""Whether half precision keeps the policy."""

@@ -1,0 +1,1 @@
+"""The fewest bytes that each kernel must move, by arithmetic."""

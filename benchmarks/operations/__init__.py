@@ -1,0 +1,1 @@
+"""How many operations a GRPO step takes."""

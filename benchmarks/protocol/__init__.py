@@ -1,0 +1,1 @@
+"""What the paper's protocol would take."""

@@ -1,0 +1,1 @@
+"""What rows that are refilled save over rows that wait."""

@@ -1,0 +1,33 @@
+"""Steps and time of rows that wait and of rows that are refilled."""
+
+from __future__ import annotations
+
+from ..common.pages import Section, grouped, origin, table
+from ..common.records import Record
+from .measure import KEY
+
+
+def render(records: list[Record]) -> str:
+    """A line per case."""
+    body = []
+    for (spread, per_row), rows in grouped(records, lambda row: (row["spread"], row["per_row"])).items():
+        arms = {row["arm"]: row for row in rows}
+        lora, waits, refills = (arms[name] for name in ("lora generate", "pte generate", "pte generate_batch"))
+        steps, seconds = (1 - refills[name] / waits[name] for name in ("steps", "cpu_seconds"))
+        cells = [f"{spread}", f"{per_row}", f"{waits['steps']}", f"{refills['steps']}", f"{steps:.0%}"]
+        cells += [f"{arm['cpu_seconds']:.1f}" for arm in (lora, waits, refills)]
+        body.append([*cells, f"{seconds:.0%}", f"{seconds / steps:.0%}"])
+    header = [
+        "spread",
+        "requests per row",
+        "steps, `generate`",
+        "`generate_batch`",
+        "saved",
+        "CPU s, LoRA",
+        "PTE `generate`",
+    ]
+    header += ["PTE `generate_batch`", "saved", "of the steps' saving"]
+    return f"{origin(records)}\n\n{table(header, body, left=0)}"
+
+
+SECTIONS = (Section("benchmarks/refill/README.md", "refill", render, key=KEY),)

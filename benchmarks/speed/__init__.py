@@ -1,0 +1,1 @@
+"""How fast decoding, evictions, adapters and training steps are, on a GPU."""
