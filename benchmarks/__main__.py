@@ -48,7 +48,7 @@ def run(name: str, words: list[str]) -> None:
     parser.set_defaults(part=None, shapes=None, peers=None, file=FILE)
     measure.add_options(parser)
     options = parser.parse_args(words)
-    gpu = torch.cuda.is_available() and not options.quick and QUESTIONS[name].wants == "GPU"
+    gpu = torch.cuda.is_available() and not options.quick and "GPU" in QUESTIONS[name].wants
     if not gpu:
         # Models this small gain nothing from more threads, and one sums in one order.
         torch.set_num_threads(options.threads or 1)

@@ -27,6 +27,9 @@ QUESTIONS = {
     "half": Question("Does half precision keep the policy?", "1 hour"),
     "eviction": Question("What does choosing what leaves cost?", "3 minutes"),
     "models": Question("Which causal LMs of transformers work?", "5 minutes"),
+    "learning": Question(
+        "What does it recall and learn: supervision, distillation, GRPO?", "1 to 70 minutes a run", "CPU or GPU"
+    ),
 }
 
 

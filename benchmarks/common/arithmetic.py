@@ -32,18 +32,13 @@ def pte_cache_bytes(
     num_global_tokens: int,
     itemsize: int,
     masked: bool,
-    heads_differ: bool = False,
 ) -> int:
-    """``P + W`` slots, one float32 state per layer, a table of positions (one per layer and head where heads differ)."""
-    slots = batch * (prompt + window) * kv_bytes_per_token(config, itemsize)
+    """``P + W`` slots and one that is written next, a float32 state per layer, and where thoughts stand, for all layers; the oldest leave."""
+    slots = batch * (prompt + window + 1) * kv_bytes_per_token(config, itemsize)
     states = config.num_hidden_layers * batch * num_global_tokens * r * 4
-    tables = 1
-    if heads_differ:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        tables = config.num_hidden_layers * heads
-    table = tables * batch * window * (9 if masked else 8)
-    # A mask is kept for the prompt, and one count of padding per sequence.
-    return slots + states + table + (batch * (prompt + 8) if masked else 0)
+    # Positions by slot; the order of slots; of each row its thoughts, the end of its prompt, the next slot.
+    places = 8 * (batch * (window + 1) + window + 3 * batch)
+    return slots + states + places + (batch * prompt if masked else 0)
 
 
 def true_shape_bytes(window: int, prompt: int, lengths: list[int], rank: int) -> Iterator[dict[str, Any]]:

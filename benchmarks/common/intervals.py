@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Z = 1.959964
@@ -43,3 +45,12 @@ def clustered_share(right: Tensor, chosen: Tensor) -> dict[str, Any]:
         squares = float((hits - accuracy * asked).square().sum())
         spread = Z * math.sqrt(squares * len(right) / (len(right) - 1)) / count
     return {"accuracy": accuracy, "low": max(accuracy - spread, 0.0), "high": min(accuracy + spread, 1.0), "n": count}
+
+
+def bootstrap(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of ``values``, one value a problem, which are resampled."""
+    rows = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(rows), (resamples, len(rows)), generator=generator)
+    low, high = rows[picked].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,7 +1,6 @@
 """What is measured: small random models of three architectures, the true shapes, and how adapters are put on them.
 
-`peft` and `peft_pte` are imported where they are used: a peer that cannot be installed beside them runs from an
-environment of its own (`python -m benchmarks run speed --part decode --peers base_dynamic kvpress`).
+`peft` and `peft_pte` are imported where they are used, so that the list of questions costs nothing.
 """
 
 from __future__ import annotations

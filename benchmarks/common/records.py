@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 FILE = "results.jsonl"
-PACKAGES = ("peft-pte", "torch", "transformers", "peft", "trl", "triton", "kvpress")
+PACKAGES = ("peft-pte", "torch", "transformers", "peft", "trl", "triton")
 
 Record = dict[str, Any]
 

@@ -57,7 +57,7 @@ def _cache(rows: Rows) -> str:
     header = ["model", "cache", *(f"{length:,}" for length in lengths)]
     return (
         f"**Cache while decoding, KiB by thoughts decoded (measured).** {first['batch']} sequences, prompt of "
-        f"{first['prompt']} columns, window {first['window']}. {exact} of {len(computed)} points (the base model's, and PTE's from the first eviction on) equal the formula that "
+        f"{first['prompt']} columns, window {first['window']}. {exact} of {len(computed)} points (the base model's, and PTE's from the first eviction on where the oldest leave) equal the formula that "
         f"the last table computes with, to the byte. {origin(rows)}\n\n" + table(header, body, left=2)
     )
 

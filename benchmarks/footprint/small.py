@@ -41,12 +41,12 @@ def cache_bytes(window: int, multiples: list[float], prompt_lengths: list[int], 
             model = with_pte(small_base(family), cache_window=window, eviction=policy, **SMALL_ADAPTER)
             for thoughts, held in _decode(model, model.base_model.new_cache(), window, multiples, prompt_lengths):
                 computed = None
-                if thoughts > window:  # Before its first update a state is one copy for all sequences.
+                # Before its first update a state is one copy for all sequences; what heads choose for themselves has no formula.
+                if thoughts > window and policy == "sliding_window":
                     computed = pte_cache_bytes(
                         base.config,
                         window=window,
                         masked=True,
-                        heads_differ=policy == "key_diff",
                         itemsize=4,
                         **shape,
                         **SMALL_ADAPTER,
@@ -194,7 +194,9 @@ def _thoughts_that_differ(rollout: Any, replay: Any) -> float:
     for index, _ in rollout.thought_layers:
         # As sets: one token more or less would shift all slots behind it.
         kept, found = (cache.window_positions(index) for cache in (rollout, replay))
-        differ.append((kept[..., :, None] != found[..., None, :]).all(dim=-1).float().mean())
+        # Slots that were never written, or are free again, hold no thought.
+        gone = (kept[..., :, None] != found[..., None, :]).all(dim=-1)[kept >= 0]
+        differ.append(gone.float().mean())
     return float(torch.stack(differ).mean())
 
 

@@ -1,1 +1,1 @@
-"""Every causal LM of the installed transformers, tried: ``python -m benchmarks.models`` writes ``docs/models.md``."""
+"""Which causal LMs of the installed transformers work."""

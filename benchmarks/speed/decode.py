@@ -7,7 +7,6 @@ as decoding does.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..common.models import LINEARS, shape_config, shaped_base, with_lora, with_
 from ..common.session import Row, Session, memory_bytes, release
 from ..common.timing import Spread, synchronize
 
-PEERS = ("base_dynamic", "lora", "pte", "pte_reference", "pte_triton", "base_static", "pte_static", "kvpress")
+PEERS = ("base_dynamic", "lora", "pte", "pte_reference", "pte_triton", "base_static", "pte_static")
 """In this order: compiled peers take longest to warm up and come when the others are done."""
 COMPILED = ("base_static", "pte_static")
 """`generate` compiles these on a GPU."""
@@ -158,8 +157,6 @@ def _pairs(session: Session, base: Any, pairs: list[tuple[str, DecodeCase]], res
 
 def _not_tried(session: Session, base: Any, peer: str, case: DecodeCase, reserved: float) -> str | None:
     """Why ``peer`` is left out, or ``None``."""
-    if peer == "kvpress" and importlib.util.find_spec("kvpress") is None:
-        return "not run: kvpress is not installed here; it pins another transformers, see benchmarks/speed/README.md"
     if peer == "pte_reference" and not session.gpu:
         return 'same as "pte": impl="auto" is the reference on this device'
     if session.gpu and peer.startswith("pte") and case.length > 4 * case.window and (peer != "pte" or case.batch > 1):
@@ -326,59 +323,6 @@ def _pte_static(session: Session, model: Any, case: DecodeCase) -> tuple[list[fl
     return [seconds for index, seconds in enumerate(timed) if index not in slowest], [timed[i] for i in slowest]
 
 
-def _kvpress(session: Session, model: Any, case: DecodeCase) -> tuple[list[float], list[float]]:
-    """Kvpress' bounded decoding at the same number of slots: `KnormPress`, its cheapest, compressing every ``m`` tokens."""
-    from kvpress import DecodingPress, KnormPress
-
-    evict = case.tokens_per_eviction
-    full = case.prompt + case.window
-    press = DecodingPress(
-        base_press=KnormPress(), compression_interval=evict, target_size=full - evict, hidden_states_buffer_size=0
-    )
-    plain: list[float] = []
-    evicting: list[float] = []
-    with press(model):
-        for go in range(2):
-            # Compression falls into the middle of the timed tokens.
-            half = min(case.tokens, evict) // 2
-            cache = _full_cache(session, model, case, full - half)
-            press.layer_step_counts.update(dict.fromkeys(range(len(cache.layers)), evict - half))
-            clock = _loop(session, model, case, cache, 2 * half)
-            if go:
-                found = clock.seconds()
-                plain += found[0]
-                evicting += found[1]
-    return plain, evicting
-
-
-class _Compressed:
-    """Counts, as `evictions`, how often a cache became shorter."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache, self._length, self._count = cache, cache.get_seq_length(), 0
-
-    @property
-    def evictions(self) -> int:
-        length = self.cache.get_seq_length()
-        self._count += length < self._length
-        self._length = length
-        return self._count
-
-
-def _loop(session: Session, model: Any, case: DecodeCase, cache: Any, tokens: int) -> Clock:
-    """Sampling by hand with absolute positions, as kvpress' own pipeline does: `generate` would count slots."""
-    clock = Clock(session.device, tokens, _Compressed(cache))
-    ids = _rows(session, model, case, 1)
-    for position in range(case.prompt + case.length, case.prompt + case.length + tokens + 1):
-        positions = torch.tensor([position], device=session.device)
-        output = model(
-            input_ids=ids, past_key_values=cache, position_ids=positions[None], cache_position=positions, use_cache=True
-        )
-        ids = torch.multinomial(output.logits[:, -1].float().softmax(dim=-1), 1)
-        clock(ids, None)
-    return clock
-
-
 def _base(base: Any, case: DecodeCase) -> Any:
     return base
 
@@ -405,5 +349,4 @@ _PEERS: dict[str, tuple[Callable[..., tuple[list[float], list[float]]], Callable
     "pte_triton": (_pte, partial(_adapted, impl="triton")),
     "base_static": (_static, _base),
     "pte_static": (_pte_static, _adapted),
-    "kvpress": (_kvpress, _base),
 }

@@ -101,7 +101,7 @@ def test_byte_floor_of_decoding():
     weights = sum(weight.numel() for weight in base.parameters()) * 4
     per_slot = 4 * 2 * 2 * 32 * 4
     assert decode._floor_bytes(base, "base_dynamic", case) == weights + 2 * (4 + 24) * per_slot
-    assert decode._floor_bytes(base, "kvpress", case) == weights + 2 * (4 + 8 - 1) * per_slot
+    assert decode._floor_bytes(base, "pte", case) == weights + 2 * (4 + 8 - 1) * per_slot
 
 
 def test_an_eviction_layer_by_layer_is_the_one_over_all_layers():
@@ -156,7 +156,7 @@ def test_a_run_goes_on_where_it_was_and_tries_again_what_was_left(tmp_path):
 def test_what_a_gpu_timed_stands_for_itself():
     limits = {"bytes_per_second": 1e12, "flop_per_second": 1e15}
     rows = []
-    for peer, seconds in (("base_dynamic", 0.01), ("kvpress", 0.02)):
+    for peer, seconds in (("base_dynamic", 0.01), ("lora", 0.02)):
         row = {"part": "decode", **small_decode().__dict__, "peer": peer, "device": "G", "source": SOURCE}
         rows.append({**row, "seconds_per_token": seconds, "share_of_floor": 0.5, "ceilings": limits})
         rows.append({**row, "peer": "pte", "not_available": "why"})

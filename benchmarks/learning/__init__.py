@@ -1,0 +1,1 @@
+"""What a model in a bounded cache recalls and learns: supervision, distillation, GRPO."""

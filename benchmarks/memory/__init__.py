@@ -1,1 +1,0 @@
-"""Whether the thought state remembers: facts stated in a trace, evicted, and asked for later."""
