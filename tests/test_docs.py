@@ -290,7 +290,7 @@ def check_command(page, command):
     for extras in re.findall(r"\.\[([\w,]+)\]", command):
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras.split(","))
     for place, word in enumerate(words):
-        if word.endswith(".py"):
+        if word.endswith((".py", ".yaml")):
             assert (ROOT / word).is_file() or (page.parent / word).is_file()
         if word == "-m" and "pytest" not in words[:place]:
             assert importlib.util.find_spec(words[place + 1])
