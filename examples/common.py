@@ -18,7 +18,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import peft_pte
 from peft_pte import PTEConfig
@@ -159,28 +159,6 @@ def extract_answer(text: str) -> str | None:
 def verify(task: Any, entry: dict[str, Any], text: str) -> float:
     """1 if the task's own verifier accepts the answer in ``text``, else 0: partial credit has a floor one can live on."""
     return float(task.score_answer(extract_answer(text), entry=entry) >= 0.99)
-
-
-def full_cache_bytes(config: Any, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the model's own cache holds after ``tokens`` columns; nothing is allocated."""
-    config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = DynamicCache(config=config)
-    for layer in range(config.num_hidden_layers):
-        new = torch.empty(rows, heads, tokens, width, dtype=dtype, device="meta")
-        cache.update(new, new, layer)
-    return cache_bytes(cache)
-
-
-def log_full_cache(
-    log_metric: Any, model: Any, tokenizer: Any, prompts: list[Any], completion_ids: list[list[int]]
-) -> None:
-    """Log ``full_cache_bytes``, what the model's own cache would hold of these conversations, by a reward's ``log_metric``."""
-    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    # The last token of a completion is never fed back.
-    columns = max(map(len, encoded)) + max(map(len, completion_ids)) - 1
-    log_metric("full_cache_bytes", float(full_cache_bytes(model.config, len(prompts), columns, model.dtype)))
 
 
 def cache_bytes(cache: Any) -> int:
