@@ -15,8 +15,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from examples.common import SMOLLM2, load_model, log_full_cache, make_task, verify
+from examples.common import SMOLLM2, load_model, make_task, verify
 
+from ...common.arithmetic import full_cache_bytes
 from ...common.intervals import clustered_share
 from .task import Batch, Task, tokenizer_of, window_of
 
@@ -153,7 +154,11 @@ class Sums(Task):
             log_metric: Any,
             **kwargs: Any,
         ) -> list[float]:
-            log_full_cache(log_metric, model, tokenizer, prompts, completion_ids)
+            asked = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+            # The last token of a completion is never fed back.
+            written, prompt = max(map(len, completion_ids)) - 1, max(map(len, asked))
+            sizes = {"batch": len(prompts), "prompt": prompt, "length": written, "itemsize": model.dtype.itemsize}
+            log_metric("full_cache_bytes", float(full_cache_bytes(model.config, **sizes)))
             problems = draw(self.dataset, drawn[0], TRAINING, self.count)
             right = [
                 problems.right(index, messages[-1]["content"])
