@@ -9,8 +9,6 @@ from transformers import (
     FalconH1Config,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MiniMaxConfig,
     MiniMaxForCausalLM,
     MllamaForCausalLM,
@@ -230,7 +228,8 @@ def test_rows_that_cannot_be_replaced():
 
 
 def test_a_static_cache_under_attention_that_takes_no_tensor():
-    model = make_pte(base=LlamaForCausalLM(LlamaConfig(**GROUPED, attn_implementation="flex_attention")))
+    model = make_pte()
+    model.get_base_model().set_attn_implementation("flex_attention")
     with pytest.raises(
         NotImplementedError, match='`cache_implementation` must not be "static" with attn_implementation='
     ):
