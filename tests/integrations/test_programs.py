@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 from tests.integrations.common import make_tokenizer, make_trl_base, pte_config
 from tests.integrations.trainers import MARKER, make_chat_tokenizer
@@ -77,6 +81,62 @@ def test_lm_evaluation_harness_scores_and_generates(tmp_path):
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         written = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample["resps"][0][0].split() == written.split()
+
+
+def served(port, model, log):
+    """What a server answers to a chat, once it is there."""
+    question = {
+        "model": str(model),
+        "messages": [{"role": "user", "content": "w3 w4"}],
+        "max_tokens": 30,
+        "temperature": 0.0,
+        "stream": False,
+    }
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
+    request = Request(address, json.dumps(question).encode(), {"Content-Type": "application/json"})
+    for _ in range(120):
+        answer = ask(request)
+        if answer is not None:
+            return answer["choices"][0]["message"]["content"]
+        time.sleep(1)
+    pytest.fail(log.read_text()[-2000:])
+
+
+def ask(request):
+    """The answer; ``None``: nobody is there yet."""
+    try:
+        with urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+    except HTTPError:
+        raise
+    except URLError:
+        return None
+
+
+def test_transformers_serves_a_base_model_and_its_adapter_from_one_folder(tmp_path):
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="needs pip install 'transformers[serving]'")
+    make_trl_base("llama").save_pretrained(tmp_path)
+    tokenizer = make_chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = get_peft_model(base, pte_config(prompt_end=[MARKER], init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "peft_pte", "transformers", "serve", "--device", "cpu", "--port", str(port)]
+    log = tmp_path / "log"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+        try:
+            answer = served(port, tmp_path, log)
+        finally:
+            server.terminate()
+    chat = [{"role": "user", "content": "w3 w4"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    assert answer.split() == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split()
+    assert len(answer.split()) > 20
 
 
 ROOT = Path(__file__).resolve().parents[2]
