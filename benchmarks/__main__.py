@@ -46,7 +46,8 @@ def run(name: str, words: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="folder of the results, in place of benchmarks/")
     parser.add_argument("--threads", type=int, help="of torch on a CPU (default: 1)")
     parser.set_defaults(part=None, shapes=None, peers=None, file=FILE)
-    measure.add_options(parser)
+    if hasattr(measure, "add_options"):
+        measure.add_options(parser)
     options = parser.parse_args(words)
     gpu = torch.cuda.is_available() and not options.quick and "GPU" in QUESTIONS[name].wants
     if not gpu:

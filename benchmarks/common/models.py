@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokens
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -64,96 +67,33 @@ class TrueShape:
     parameters: int
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def _shape(config_class: type, *sizes: int, parameters: int, **more: Any) -> TrueShape:
+    return TrueShape(config_class, {**dict(zip(SIZES, sizes, strict=True)), **more}, parameters)
+
+
 TRUE_SHAPES = {
-    "Qwen2.5-3B": TrueShape(
-        Qwen2Config,
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": True,
-        },
-        3_085_938_688,
-    ),
-    "Qwen2.5-7B": TrueShape(
-        Qwen2Config,
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": False,
-        },
-        7_615_616_512,
-    ),
-    "Llama-3.1-8B": TrueShape(
-        LlamaConfig,
-        {
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": False,
-        },
-        8_030_261_248,
-    ),
-    "Qwen3-4B": TrueShape(
-        Qwen3Config,
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": True,
-        },
-        4_022_468_096,
-    ),
+    "Qwen2.5-3B": _shape(Qwen2Config, 151936, 2048, 11008, 36, 16, 2, 32768, True, parameters=3_085_938_688),
+    "Qwen2.5-7B": _shape(Qwen2Config, 152064, 3584, 18944, 28, 28, 4, 32768, False, parameters=7_615_616_512),
+    "Llama-3.1-8B": _shape(LlamaConfig, 128256, 4096, 14336, 32, 32, 8, 131072, False, parameters=8_030_261_248),
+    "Qwen3-4B": _shape(Qwen3Config, 151936, 2560, 9728, 36, 32, 8, 40960, True, parameters=4_022_468_096, head_dim=128),
     "GPT-2 XL": TrueShape(GPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
 }
 # Shapes that a CPU runs: one that was made up, and one that was published.
 CPU_SHAPES = {
-    "tiny": TrueShape(
-        LlamaConfig,
-        {
-            "vocab_size": 2048,
-            "hidden_size": 256,
-            "intermediate_size": 688,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 65536,
-            "tie_word_embeddings": True,
-        },
-        3_295_488,
-    ),
-    "SmolLM2-135M": TrueShape(
-        LlamaConfig,
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
-        134_515_008,
-    ),
+    "tiny": _shape(LlamaConfig, 2048, 256, 688, 4, 8, 2, 65536, True, parameters=3_295_488),
+    "SmolLM2-135M": _shape(LlamaConfig, 49152, 576, 1536, 30, 9, 3, 8192, True, parameters=134_515_008),
 }
 GPU_SHAPES = ("Qwen2.5-3B", "Qwen2.5-7B", "Llama-3.1-8B")
 SHAPES = {**TRUE_SHAPES, **CPU_SHAPES}
@@ -258,3 +198,12 @@ def forget_numbers(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def words_tokenizer(vocabulary: dict[str, int], pad: str, eos: str, bos: str) -> PreTrainedTokenizerFast:
+    """One token a word."""
+    tokenizer = Tokenizer(tokens.WordLevel(vocabulary, unk_token=pad))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, bos_token=bos, padding_side="left"
+    )

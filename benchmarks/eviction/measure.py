@@ -6,7 +6,6 @@ encoding apart. Scoring: a call of several windows, forward and backward, beside
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -38,10 +37,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 KEY = ("policy",)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
 
 
 class Clock:

@@ -18,54 +18,21 @@ from ..common.session import add_options as add_shared
 from . import settings
 from .small import cache_bytes, parameters, replay_error, training_peak
 
-SMALL: dict[str, tuple[Callable[..., Iterator[Record]], dict[str, Any]]] = {
-    "cache": (
-        cache_bytes,
-        {
-            "window": 64,
-            "multiples": [0.5, 1, 2, 4, 8, 16],
-            "prompt_lengths": [32, 20],
-            "policies": ["sliding_window", "key_diff"],
-        },
+FAMILIES, LENGTHS = ["Llama", "Qwen2", "GPT-2"], [0.5, 1, 2, 4, 8, 16]
+"""Of the small models; windows that are written."""
+# Three prompts: from four rows on, MKL multiplies float64 row by row alike and the error would be an uninformative 0.
+REPLAYED = {"prompt_lengths": [12, 5, 9], "dtypes": ["float64", "float32", "bfloat16", "float16"]}
+VARIANTS = ["pte, detached cache", "pte, key_diff"]
+training = partial(training_peak, window=64, prompt=32, check=4)
+SMALL: dict[str, Callable[..., Iterator[Record]]] = {
+    "cache": partial(
+        cache_bytes, window=64, multiples=LENGTHS, prompt_lengths=[32, 20], policies=["sliding_window", "key_diff"]
     ),
-    "training": (
-        training_peak,
-        {
-            "window": 64,
-            "multiples": [0.5, 1, 2, 4, 8, 16],
-            "prompt": 32,
-            "methods": ["pte", "lora"],
-            "families": ["Llama", "Qwen2", "GPT-2"],
-            "check": 4,
-        },
-    ),
-    "variants": (
-        training_peak,
-        {
-            "window": 64,
-            "multiples": [1, 4, 8, 16],
-            "prompt": 32,
-            "methods": ["pte, detached cache", "pte, key_diff"],
-            "families": ["Llama"],
-            "check": 4,
-        },
-    ),
-    "replay": (
-        replay_error,
-        {
-            "window": 16,
-            "multiple": 6,
-            # Three: from four rows on, MKL multiplies float64 row by row alike and the error would be an uninformative 0.
-            "prompt_lengths": [12, 5, 9],
-            "dtypes": ["float64", "float32", "bfloat16", "float16"],
-            "families": ["Llama", "Qwen2", "GPT-2"],
-        },
-    ),
-    "parameters": (parameters, {"true_rank": 32}),
-    "computed": (
-        true_shape_bytes,
-        {"window": 1024, "prompt": 256, "lengths": [1024, 4096, 16384, 65536], "rank": 32},
-    ),
+    "training": partial(training, multiples=LENGTHS, methods=["pte", "lora"], families=FAMILIES),
+    "variants": partial(training, multiples=[1, 4, 8, 16], methods=VARIANTS, families=["Llama"]),
+    "replay": partial(replay_error, window=16, multiple=6, families=FAMILIES, **REPLAYED),
+    "parameters": partial(parameters, true_rank=32),
+    "computed": partial(true_shape_bytes, window=1024, prompt=256, lengths=[1024, 4096, 16384, 65536], rank=32),
 }
 QUICK: dict[str, dict[str, Any]] = {
     "cache": {"window": 16, "multiples": [1, 2, 4], "policies": ["sliding_window"]},
@@ -84,10 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(session: Session) -> Iterator[Record]:
     """Rows of all parts; a part of small models of which a row is missing is measured from its start."""
-    for part, (function, fields) in SMALL.items():
+    for part, function in SMALL.items():
         if session.wants_part(part):
-            given = {**fields, **(QUICK.get(part, {}) if session.quick else {})}
-            for row in partial(function, **given)():
+            for row in function(**(QUICK.get(part, {}) if session.quick else {})):
                 if not session.results.has({"part": part, **row}):
                     yield {"part": part, **row}
     if session.wants_part("settings"):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from examples.common import SMOLLM2, load_model
 from peft_pte import PTEConfig
 
 from ..common.records import Record
 from ..common.session import Session
+from ..learning.watch import SampledLogProbs
 
 ROWS, TOKENS, WINDOW, RANK, SCALE = 8, 512, 128, 32, 0.02
 BINS = (128, 256, 384, 512)
@@ -47,17 +48,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
 
 
-class _Sampled(LogitsProcessor):  # type: ignore[misc]
-    """Keeps what every token is sampled from."""
-
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.steps.append(scores.float().log_softmax(dim=-1))
-        return scores
-
-
 def adapted(base: Any, fields: dict[str, Any] | None) -> Any:
     """``base`` with a random adapter; the same numbers in every arm, where shapes allow."""
     torch.manual_seed(0)
@@ -76,7 +66,7 @@ def adapted(base: Any, fields: dict[str, Any] | None) -> Any:
 @torch.no_grad()
 def log_ratios(model: Any, ids: Tensor, tokens: int) -> Tensor:
     """``[B, tokens]``, log-probability in one scoring call minus that in the rollout."""
-    sampled = _Sampled()
+    sampled = SampledLogProbs(1.0)
     torch.manual_seed(1)
     whole = model.generate(
         input_ids=ids,
@@ -90,9 +80,7 @@ def log_ratios(model: Any, ids: Tensor, tokens: int) -> Tensor:
         logits_processor=LogitsProcessorList([sampled]),
     )
     written = whole[:, ids.shape[1] :]
-    rollout = torch.stack(
-        [step.gather(1, written[:, column, None])[:, 0] for column, step in enumerate(sampled.steps)], 1
-    )
+    rollout = sampled.finish(whole)
     bounded = hasattr(model.peft_config["default"], "cache_window")
     known = {"prompt_length": ids.shape[1]} if bounded else {}
     scored = []

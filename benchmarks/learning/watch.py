@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class _SampledLogProbs(LogitsProcessor):  # type: ignore[misc]
+class SampledLogProbs(LogitsProcessor):  # type: ignore[misc]
     """The log-prob of each sampled token; one distribution is held at a time."""
 
     def __init__(self, temperature: float) -> None:
@@ -83,7 +83,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         def recorded(*args: Any, attention_mask: Tensor, generation_config: Any = None, **kwargs: Any) -> Tensor:
             if generation_config is None:  # An evaluation on the way, and no rollout.
                 return generate(*args, attention_mask=attention_mask, **kwargs)
-            recorder = _SampledLogProbs(generation_config.temperature)
+            recorder = SampledLogProbs(generation_config.temperature)
             self._synchronize()
             start = time.perf_counter()
             sequences = generate(
@@ -115,6 +115,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _scoring(self, score: Callable[..., Any]) -> Callable[..., Any]:
         def compared(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kw: Any):
             result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kw)
+            if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+                return result  # The reference of `beta`, which sampled nothing.
             for row, mask, log_probs in zip(input_ids, attention_mask.bool(), result[0].detach(), strict=True):
                 # The trainer shuffles what it sampled: a row is found again by its tokens.
                 sampled = self._sampled[tuple(row[mask].tolist())]

@@ -5,7 +5,6 @@ Each arm writes the same numbers of tokens, sampled; what ends a row is its leng
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,6 @@ from ..common.session import Session
 ROWS, PROMPT, MEAN, LONGEST = 8, 16, 150, 2048
 SPREADS, PER_ROW = (0.3, 0.7, 1.2), (4, 8)
 KEY = ("spread", "per_row", "arm")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
 
 
 def lengths(spread: float, count: int) -> list[int]:

@@ -46,7 +46,7 @@ LAYOUTS = {
         "lora",
         ("kind", "shape", "batch", "completion", "window"),
         "**One training step: time ({what}), peak memory above the weights, and the same with the head on one token.** GRPO loss on log-probs "
-        "of TRL's fused head, gradient checkpointing on; `whole step`: TRL's `GRPOTrainer`, rollout and optimizer included.",
+        "of TRL's fused head, gradient checkpointing on; `whole step`: TRL's `GRPOTrainer`, rollout included, the optimizer not.",
         "forward and backward of the scored completion; GiB",
         "relative to LoRA in the same run, forward and backward of the scored completion; MiB",
         lambda row: f"{seconds(row):.2f} s",

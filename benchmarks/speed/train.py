@@ -49,7 +49,7 @@ class ScoringCase:
 
 @dataclass(frozen=True)
 class StepCase:
-    """Whole steps of `GRPOTrainer`: rollout, scoring, backward, optimizer."""
+    """Whole steps of `GRPOTrainer`: rollout, scoring, backward."""
 
     shape: str
     batch: int

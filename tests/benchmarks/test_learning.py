@@ -60,7 +60,7 @@ def test_names_tell_runs_apart():
 
 @pytest.mark.parametrize("arm", ["base", "lora-full", "lora-detached", "global-only", "linear-value", "slots"])
 def test_a_recipe_runs(arm, tmp_path):
-    stages = {"slots": ("supervise:2", "distil:2", "grpo:2"), "base": ()}.get(arm, ("distil:1",))
+    stages = {"slots": ("supervise:2", "distil:2", "grpo:2,beta=0.1"), "base": ()}.get(arm, ("distil:1",))
     what = settings("permutation", *stages, arm=arm, ranged=arm == "slots", probe_every=1)
     result = record(what, tmp_path / "kept")
     assert result["base_full_cache"]["recall"]["accuracy"] > 0.9
@@ -72,7 +72,7 @@ def test_a_recipe_runs(arm, tmp_path):
     if arm == "slots":
         text = report.recipes([result])
         assert (
-            "| PTE, slots | supervision 2 (0.006), then distillation 2 (0.006), then GRPO 2 (0.0003), windows drawn | 0 |"
+            "| PTE, slots | supervision 2 (0.006), then distillation 2 (0.006), then GRPO 2 (0.0003, beta 0.1), windows drawn | 0 |"
             in text
         )
         assert result["stages"][2]["max_log_ratio"] < 1e-4

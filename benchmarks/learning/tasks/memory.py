@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ...common.intervals import share
+from ...common.models import words_tokenizer
 from .task import (
     BASES,
     BATCH_TOKENS,
@@ -34,7 +35,6 @@ from .task import (
     gone,
     small_base,
     window_of,
-    words_tokenizer,
 )
 
 MICRO_BATCH = 256

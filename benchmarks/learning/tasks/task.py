@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -119,15 +118,6 @@ class Task(ABC):
         """Tokens that a model may write."""
         sample = self.make(1, torch.Generator().manual_seed(0))
         return sample.input_ids.shape[1] - sample.prompt
-
-
-def words_tokenizer(vocabulary: dict[str, int], pad: str, eos: str, bos: str) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=pad))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, bos_token=bos, padding_side="left"
-    )
 
 
 def evict_of(window: int | None) -> int:
