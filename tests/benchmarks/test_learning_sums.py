@@ -185,7 +185,7 @@ def watched(scored):
     watch = Watch()
     ids, mask = torch.tensor([[5, 7, 8]]), torch.ones(1, 3, dtype=torch.long)
     watch._sampled = {(5, 7, 8): torch.full((2,), 0.5).log()}
-    watch._scoring(lambda *args: (scored, None))(None, ids, mask, 2)
+    watch._scoring(lambda *args: (scored, None))(torch.nn.Identity(), ids, mask, 2)
     return watch._row
 
 
