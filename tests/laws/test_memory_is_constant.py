@@ -59,3 +59,21 @@ def test_a_longer_generation_holds_no_more():
     )
     assert short.past_key_values.nbytes == long.past_key_values.nbytes
     assert long.past_key_values.evictions > 9 * short.past_key_values.evictions
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+@torch.no_grad()
+def test_positions_that_are_a_view_do_not_stay_alive(eviction):
+    # Whoever decodes by hand counts all columns, and hands out the last of what it counted.
+    model = make_pte(eviction=eviction)
+    prompts = make_prompts()
+    mask, ids, cache = prompts["attention_mask"], prompts["input_ids"], model.base_model.new_cache()
+    stored = []
+    for _ in range(6 * WINDOW):
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        ids = torch.ones(len(mask), 1, dtype=torch.long)
+        mask = torch.cat([mask, ids], dim=1)
+        stored.append(storage_bytes(cache))
+    step = cache.tokens_per_eviction
+    assert stored[3 * WINDOW : 3 * WINDOW + step] == stored[5 * WINDOW : 5 * WINDOW + step]

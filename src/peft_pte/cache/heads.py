@@ -379,7 +379,8 @@ class ChoosingLayer(ThoughtLayer):
         there = step.write.to(held.device)[:, None, None].expand(-1, held.shape[1], 1)
         new = step.positions.to(held.device)[:, None, None].expand_as(there)
         self.slot_positions = functional.pad(held, (0, 1)).scatter(2, there, new)[..., :-1]
-        self._step = (step.write, step.positions)
+        # The caller's positions may be a view of all that it has counted.
+        self._step = (step.write, step.positions.clone()) if self.policy.observed else None
         # Others leave their places before the next eviction; in a graph all steps are one.
         self.watched = self.policy.observed > 0 and (self.static or step.until <= self.policy.observed)
 

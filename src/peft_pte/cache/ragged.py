@@ -287,7 +287,7 @@ class RaggedLayer(ChoosingLayer):
         """Be ready for one more token of each row."""
         positions, heads = known(self.line_positions), len(self.clock.budgets)
         device = positions.device
-        self._step, self.write = (step.write, step.positions), write.to(device)
+        self._step, self.write = (step.write, step.positions.clone()), write.to(device)
         self.watched = step.until <= self.policy.observed
         thoughts = step.thoughts.to(device)
         # An eviction before this thought has been.
