@@ -56,7 +56,9 @@ def test_a_report_is_of_what_ran_since_the_last():
     assert f"a full one {report.full_cache_bytes / 1e6:,.2f} MB" in shown
     assert model.report() == type(report)()
     model.generate_batch([[3, 4, 5]], max_new_tokens=2 * WINDOW, min_new_tokens=2 * WINDOW)
-    assert model.report().tokens_per_second > 0
+    report = model.report()
+    assert report.tokens_per_second > 0
+    assert report.full_cache_bytes > report.cache_bytes * 0.5
 
 
 def test_a_text_is_compared_with_the_full_cache():

@@ -287,7 +287,7 @@ class Seam:
         decoding = self.generation(cache) is not None
         self.statistics.observe(cache, layout, evicted, decoding, self.token_width)
 
-    @property
+    @functools.cached_property
     def token_width(self) -> int:
         """Numbers in the keys and values of one token, of all layers that a window bounds."""
         own = (site for site in self.sites.values() if site.evicts and not site.borrows)

@@ -69,7 +69,8 @@ class Statistics:
             self._scoring.note(cache.nbytes, cache.full_nbytes(token_width))
         else:
             self._decoded_evictions = cache.evictions
-            self._decoding.note(cache.nbytes, cache.full_nbytes(token_width))
+            # Of single tokens the end of the generation says it (:meth:`note_end`).
+            self._decoding.note(cache.nbytes, 0 if layout is None else cache.full_nbytes(token_width))
 
     def note_written(self, tokens: int, seconds: float) -> None:
         """Note that a generation wrote ``tokens`` in ``seconds``."""

@@ -56,12 +56,13 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         real, writes = _padding(call.mask)
     if real is not None and (seam.counts_columns or not cache.bounds_all):
         raise NotImplementedError(OUT_OF_STEP)
-    past = None if cache.bounds_all else rows.past
+    bounds_all = cache.bounds_all
+    past = None if bounds_all else rows.past
     token = _count(seam, cache, rows, positions[:, 0], real, writes)
     valid = None if call.mask is None else call.mask[:, -1:]
     arguments = {
         **call.tokens,
-        "attention_mask": valid if cache.bounds_all else mask_by_column(past, valid, call.seen, positions),
+        "attention_mask": valid if bounds_all else mask_by_column(past, valid, call.seen, positions),
         **({} if seam.counts_columns else {"position_ids": positions}),
         "use_cache": True,
         "return_dict": True,

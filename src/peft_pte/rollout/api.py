@@ -175,7 +175,10 @@ def _run(seam: Seam, batch: Batch, waiting: deque[Request]) -> Iterator[int]:
             if not waiting or batch.full:
                 batch.step()
                 batch.look()
-            yield batch.take_ended()
+            ended = batch.take_ended()
+            if ended:
+                seam.statistics.note_end(batch.cache, seam.token_width)
+            yield ended
     finally:
         seam.calls.generations.remove(batch.generation)
 
