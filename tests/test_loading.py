@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -455,6 +455,39 @@ def test_hotswapping_is_refused(saved):
     with pytest.raises(ValueError, match=r"Hotswapping only supports .* but PTE was passed"):
         hotswap_adapter(model, str(folder), "default")
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_peft_refuses_another_method_beside_it(mixed):
+    for first, second in (PTEConfig(prompt_end=2), LoraConfig()), (LoraConfig(), PTEConfig(prompt_end=2)):
+        with pytest.raises(ValueError, match=r"is not compatible with|Cannot combine adapters"):
+            get_peft_model(same_base(), first, mixed=mixed).add_adapter("second", second)
+
+
+def test_another_method_beside_it_is_refused_where_transformers_lets_it_in():
+    # Each wraps the linears of the one before, whose weights are then saved under other names.
+    model = same_base()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    ids = torch.arange(3, 40)[None]
+    before, tensors = model(input_ids=ids).logits, tensors_of(model, "lora")
+    with pytest.raises(ValueError, match=r"must not carry those of other methods, got 'lora' \(LORA\)"):
+        model.add_adapter(PTEConfig(prompt_end=2), "thinks")
+    assert list(model.peft_config) == ["lora"]
+    assert_same(tensors_of(model, "lora"), tensors)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+    model = same_base()
+    model.add_adapter(PTEConfig(prompt_end=2, init_weights=False), "thinks")
+    before = model(input_ids=ids).logits
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    for call in lambda: model(input_ids=ids), lambda: model.generate(input_ids=ids, max_new_tokens=2):
+        for active in "thinks", "lora":
+            model.set_adapter(active)
+            with pytest.raises(ValueError, match=r"must not carry those of other methods, got 'lora' \(LORA\)"):
+                call()
+    model.delete_adapter("lora")
+    model.set_adapter("thinks")
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_transformers_still_loads_by_the_method_that_is_watched():

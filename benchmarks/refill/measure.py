@@ -1,10 +1,11 @@
 """Rows that are refilled beside rows that wait: `generate_batch`, and `generate` of LoRA and of PTE, at log-normal lengths.
 
-Each arm writes the same numbers of tokens, sampled; what ends a row is its length.
+Each arm writes the same numbers of tokens, sampled; what ends a row is its length. `--processes` spreads requests over processes instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,18 @@ from ..common.models import LINEARS, random_llama
 from ..common.records import Record
 from ..common.session import Session
 
-ROWS, PROMPT, MEAN, LONGEST = 8, 16, 150, 2048
+ROWS, PROMPT, MEAN, LONGEST, WINDOW = 8, 16, 150, 2048, 64
 SPREADS, PER_ROW = (0.3, 0.7, 1.2), (4, 8)
 KEY = ("spread", "per_row", "arm")
+SPREAD_OVER, OVER_PER_ROW = ((1, 1), (1, 2), (2, 1)), 16
+"""Processes and threads of each; requests per row of one process."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--processes``."""
+    parser.add_argument(
+        "--processes", action="store_true", help="one and two processes, on a CPU that nobody else uses"
+    )
 
 
 def lengths(spread: float, count: int) -> list[int]:
@@ -52,6 +62,14 @@ class StopAt:
         """Whether the request whose tokens these are is over."""
         first, second = input_ids[0, :2].tolist()
         return input_ids.shape[1] - PROMPT >= self.lengths[first * 256 + second]
+
+
+def requests(found: Sequence[int]) -> torch.Tensor:
+    """Prompts ``[B, 16]``, whose first two tokens are their number."""
+    prompts = torch.randint(1, 256, (len(found), PROMPT), generator=torch.Generator().manual_seed(1))
+    numbers = torch.arange(len(found))
+    prompts[:, 0], prompts[:, 1] = numbers // 256, numbers % 256
+    return prompts
 
 
 def waiting_rows(adapted: Any, prompts: torch.Tensor, found: Sequence[int]) -> int:
@@ -86,8 +104,11 @@ def refilled_rows(adapted: Any, prompts: torch.Tensor, found: Sequence[int]) -> 
 
 def measure(session: Session) -> Iterator[Record]:
     """One record per case and arm; a case of which an arm is missing is measured whole, as arms take turns."""
+    if session.options.processes:
+        yield from over_processes(session)
+        return
     lora = model(LoraConfig(task_type="CAUSAL_LM", r=16, target_modules=sorted(LINEARS)))
-    pte = model(PTEConfig(task_type="CAUSAL_LM", r=16, num_global_tokens=16, cache_window=64))
+    pte = model(PTEConfig(task_type="CAUSAL_LM", r=16, num_global_tokens=16, cache_window=WINDOW))
     arms: dict[str, tuple[Any, Callable[[Any, torch.Tensor, Sequence[int]], int]]] = {
         "lora generate": (lora, waiting_rows),
         "pte generate": (pte, waiting_rows),
@@ -101,10 +122,7 @@ def measure(session: Session) -> Iterator[Record]:
             if all(session.results.has({"spread": spread, "per_row": per_row, "arm": name}) for name in arms):
                 continue
             found = lengths(spread, ROWS * per_row)
-            generator = torch.Generator().manual_seed(1)
-            prompts = torch.randint(1, 256, (len(found), PROMPT), generator=generator)
-            numbers = torch.arange(len(found))
-            prompts[:, 0], prompts[:, 1] = numbers // 256, numbers % 256
+            prompts = requests(found)
             for name, (adapted, run) in arms.items():
                 torch.manual_seed(0)
                 start = time.process_time()
@@ -117,3 +135,16 @@ def measure(session: Session) -> Iterator[Record]:
                     "steps": steps,
                     "cpu_seconds": round(time.process_time() - start, 2),
                 }
+
+
+def over_processes(session: Session) -> Iterator[Record]:
+    """One record per spread and number of processes and threads: the same requests, the best of three runs."""
+    from . import processes
+
+    for spread in SPREADS[-1:] if session.quick else SPREADS:
+        for count, threads in SPREAD_OVER:
+            per_row = 1 if session.quick else OVER_PER_ROW
+            record = {"spread": spread, "per_row": per_row, "arm": f"{count} x {threads}", "processes": count}
+            if not session.results.has(record):
+                found = [processes.measure(count, threads, spread, per_row) for _ in range(1 if session.quick else 3)]
+                yield {**record, **min(found, key=lambda run: run["wall_seconds"])}

@@ -30,4 +30,44 @@ def render(records: list[Record]) -> str:
     return f"{origin(records)}\n\n{table(header, body, left=0)}"
 
 
-SECTIONS = (Section("benchmarks/refill/README.md", "refill", render, key=KEY),)
+def rows(records: list[Record]) -> str:
+    """Refilled rows beside rows that wait."""
+    return render([record for record in records if "processes" not in record])
+
+
+def processes(records: list[Record]) -> str:
+    """One process beside two, and beside as many threads."""
+    records = [record for record in records if "processes" in record]
+    body = []
+    for spread, found in grouped(records, lambda row: row["spread"]).items():
+        alone = found[0]["wall_seconds"]
+        body += [
+            [
+                f"{spread}",
+                f"{row['processes']}",
+                f"{row['threads']}",
+                f"{row['wall_seconds']:.1f}",
+                f"{row['cpu_seconds']:.1f}",
+                f"{row['tokens'] / row['wall_seconds']:.0f}",
+                f"{alone / row['wall_seconds']:.2f}",
+                f"{row['idle']:.0%}",
+            ]
+            for row in found
+        ]
+    header = [
+        "spread",
+        "processes",
+        "threads of each",
+        "seconds",
+        "CPU seconds",
+        "tokens a second",
+        "times one",
+        "waited for the slowest",
+    ]
+    return f"{origin(records)}\n\n{table(header, body, left=0)}"
+
+
+SECTIONS = (
+    Section("benchmarks/refill/README.md", "refill", rows, key=KEY),
+    Section("benchmarks/refill/README.md", "processes", processes, key=KEY),
+)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
@@ -158,7 +160,13 @@ class Seam:
         return encoder
 
     def active_adapter(self) -> str | None:
-        """The PTE adapter in use, or ``None`` where the model is to be its base model."""
+        """The PTE adapter in use, or ``None`` where the model is to be its base model.
+
+        Raises:
+            ValueError: The model carries adapters of another method too.
+        """
+        if len(configs := getattr(self.model, "peft_config", {})) > 1:
+            refuse_other_methods(configs)
         for site in self.found.by_index.values():
             encoder = getattr(site.attention, CHILD_NAME, None)
             if encoder is not None and (adapter := encoder.current_adapter()) is not None:
@@ -359,6 +367,21 @@ class OuterCall:
     ids: Tensor | None
     mask: Any
     positions: Tensor | None
+
+
+def refuse_other_methods(configs: Mapping[str, PeftConfig]) -> None:
+    """Refuse adapters of other methods beside PTE's, which transformers' ``add_adapter`` lets in: one would wrap the layers of the other.
+
+    Raises:
+        ValueError: There are some.
+    """
+    others = {name: config.peft_type for name, config in configs.items() if config.peft_type != "PTE"}
+    if others:
+        named = ", ".join(f"{name!r} ({getattr(kind, 'value', kind)})" for name, kind in others.items())
+        raise ValueError(
+            f"A model with PTE adapters must not carry those of other methods, got {named}: each would save its weights under names that the other "
+            "changes, and no file could be loaded. Use two models, or convert a LoRA with peft_pte.convert_lora."
+        )
 
 
 class Calls(threading.local):

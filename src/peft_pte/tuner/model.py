@@ -19,7 +19,7 @@ from ..host.sites import Site, Sites, check_config, keep_unknown_rotation, site_
 from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
-from ..seam import Seam
+from ..seam import Seam, refuse_other_methods
 from .checkpoints import check_adapter_state_dict, unwrap, watch
 from .install import install, remove, watch_queries
 from .report import Report, report
@@ -178,6 +178,12 @@ class PTEModel(BaseTuner):
                 "PreTrainedModel."
             )
         _refuse_offloaded(model)
+        try:
+            refuse_other_methods(self.peft_config)
+        except ValueError:
+            # transformers' model keeps the dictionary, and goes on with what it had.
+            del self.peft_config[adapter_name]
+            raise
         config: PTEConfig = self.peft_config[adapter_name]
         first = not any(isinstance(module, PTELayer) for module in model.modules())
         # Before the first adapted layer stands in the way of the probes.
