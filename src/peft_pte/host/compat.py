@@ -5,6 +5,7 @@ No other file touches a private name of transformers; :func:`check` says which o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,8 +14,31 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import logits_process
 
-# What decoder layers call the cache they are given (5.17 to 5.23).
-CACHE_NAMES = ("past_key_values", "layer_past")
+# What a cache was called until 5.23, which later versions still take from callers.
+FORMER_CACHE = "past_key_values"
+
+
+def _name_of_cache() -> str:
+    """What models, what they return and `generate` call a cache: the same word in every model of a version.
+
+    Raises:
+        NotImplementedError: None that is known.
+    """
+    method = GenerationMixin.prepare_inputs_for_generation
+    taken = inspect.signature(method).parameters
+    for name in ("cache", FORMER_CACHE):
+        if name in taken:
+            return name
+    raise NotImplementedError(
+        f"`{method.__name__}` of this transformers version takes no cache by a name that is known, but {', '.join(taken)}. Install a version "
+        "that peft-pte is tested with (constraints.txt)."
+    )
+
+
+CACHE = _name_of_cache()
+
+# What decoder layers call the cache they are given (5.17 to 5.24).
+CACHE_NAMES = (CACHE, "layer_past")
 
 # Where attention layers keep the number of their layer of the cache (5.17 to 5.23).
 LAYER_NUMBERS = ("layer_idx", "layer_id")
@@ -130,9 +154,14 @@ def end_tokens(config: Any) -> Tensor | None:
     return found
 
 
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache among ``arguments`` of a model, by either name; the newer one is taken where there are both, as transformers does."""
+    return arguments.get(CACHE, arguments.get(FORMER_CACHE))
+
+
 def step_of(model: Any, cache: Any, config: Any) -> Callable[..., Any]:
     """What `generate` calls for a step on ``cache``: the model, or the model compiled."""
-    if model._valid_auto_compile_criteria({"past_key_values": cache}, config):
+    if model._valid_auto_compile_criteria({CACHE: cache}, config):
         compiled: Callable[..., Any] = model.get_compiled_call(config.compile_config)
         return compiled
     step: Callable[..., Any] = model.__call__

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..method.layer import is_linear
+from .compat import CACHE
 
 # Tokens that are read at once.
 _FEW = 3
@@ -104,8 +105,8 @@ def try_out(backbone: PreTrainedModel, attentions: dict[int, list[nn.Module]], l
         with notes.taken():
             backbone(
                 input_ids=torch.arange(2, tokens + 2, device=device)[None],
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
                 **({"position_ids": where} if told else {}),
             )
         notes.position = position

@@ -22,7 +22,7 @@ from ..cache.cache import PTECache
 from ..cache.ragged import RaggedLayer
 from ..cache.store import Departing, Ending, Step, ThoughtLayer
 from ..host.attention import watch
-from ..host.compat import CACHE_NAMES, HOOKED_FORWARD, SHARED_STATES
+from ..host.compat import CACHE, CACHE_NAMES, HOOKED_FORWARD, SHARED_STATES
 from ..host.sites import Site
 from ..method.encoder import PTEEncoder
 from ..method.layer import PTELinear
@@ -116,11 +116,11 @@ def running(backbone: Callable[..., Any], cache: PTECache, this: Pass, arguments
     view.running = this
     before, _running.cache = _running.cache, view
     try:
-        output = backbone(**arguments, past_key_values=view)
+        output = backbone(**arguments, **{CACHE: view})
     finally:
         _running.cache = before
-    if output.get("past_key_values") is not None:
-        output["past_key_values"] = None
+    if output.get(CACHE) is not None:
+        output[CACHE] = None
     cache.layers, cache.state = view.layers, view.state
     # A checkpoint that others put around a layer holds the view, whose content would hold the graph that holds the checkpoint.
     view.layers, view.state = [], ThoughtState(0)

@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from ..cache.ragged import RaggedLayer
 from ..cache.schedule import first_visible
 from ..cache.store import known
-from ..host.compat import attention_of
+from ..host.compat import CACHE, attention_of
 from .plan import Chunk
 
 _ALWAYS = torch.iinfo(torch.int64).max
@@ -182,7 +182,7 @@ class ChunkMasks:
             config=self.config,
             inputs_embeds=torch.empty(rows, queries, 0, dtype=self.dtype, device=device),
             attention_mask=seen,
-            past_key_values=cast(Any, _Held(held)),
+            **{CACHE: cast(Any, _Held(held))},
             and_mask_function=visible,
             or_mask_function=None if together is None else _seen_together(together),
             allow_is_causal_skip=not self.always,

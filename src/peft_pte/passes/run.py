@@ -22,6 +22,7 @@ from ..cache.cache import PTECache, check_cache
 from ..cache.rows import Rows
 from ..cache.store import Choice, Departing
 from ..eviction.records import Evictions
+from ..host.compat import CACHE
 from ..seam import Generation, OuterCall, Seam
 from .block import Pass, Work, running
 from .boundary import OpenPrompt, PromptEnds, PromptSpec
@@ -87,7 +88,7 @@ def run(seam: Seam, adapter: str, arguments: dict[str, Any], prompt: PromptSpec,
             generation.note_ends(cache.rows, call.ids)
     if generation is not None:
         generation.started = True
-    output.past_key_values = cache if call.use_cache else None
+    setattr(output, CACHE, cache if call.use_cache else None)
     return output if call.return_dict else output.to_tuple()
 
 

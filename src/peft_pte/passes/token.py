@@ -19,7 +19,7 @@ from ..cache.fixed import FixedAddresses
 from ..cache.heads import ChoosingLayer
 from ..cache.rows import Rows
 from ..cache.store import Leaving, Step
-from ..host.compat import FULL_ATTENTION
+from ..host.compat import CACHE, FULL_ATTENTION, cache_in
 from ..ops import compress_, resolve_impl
 from ..seam import Generation, Seam
 from .block import Pass, running
@@ -75,7 +75,7 @@ def run_token(seam: Seam, adapter: str, call: Call, generation: Generation | Non
         cache.count(rows, 1)
         try:
             mask = _masks(seam, cache, token, arguments["attention_mask"], positions)
-            output = step(seam, **{**arguments, "attention_mask": mask}, past_key_values=cache)
+            output = step(seam, **{**arguments, "attention_mask": mask, CACHE: cache})
         finally:
             cache.fixed.ready = False
     else:
@@ -191,7 +191,7 @@ def _masks(seam: Seam, cache: PTECache, token: Token, attention_mask: Tensor | N
 def step(seam: Seam, *args: Any, **kwargs: Any) -> Any:
     """The backbone's forward after :func:`prepare`; traced as it stands."""
     if seam.keeps_positions and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = kwargs["past_key_values"].fixed.positions
+        kwargs["position_ids"] = cache_in(kwargs).fixed.positions
     return seam.inner(*args, **kwargs)
 
 

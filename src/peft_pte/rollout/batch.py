@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.compat import step_of
+from ..host.compat import CACHE, step_of
 from ..passes.boundary import PromptSpec
 from ..seam import Generation, Seam
 from .choice import Chooser
@@ -144,7 +144,7 @@ class Batch:
             rows.pause(going)
             self._going = going
         last = self.ids.gather(1, (self.lengths - 1)[:, None])
-        inputs: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "attention_mask": None}
+        inputs: dict[str, Any] = {CACHE: self.cache, "use_cache": True, "attention_mask": None}
         if self._takes_positions:
             inputs["position_ids"] = rows.lengths[:, None]
         inputs = self.model.prepare_inputs_for_generation(last, next_sequence_length=1, **inputs)
@@ -204,7 +204,7 @@ class Batch:
         fresh = self.seam.new_cache(self.adapter)
         if self.sizes.record:
             fresh.record()
-        inputs: dict[str, Any] = {"past_key_values": fresh, "use_cache": True, "is_first_iteration": True}
+        inputs: dict[str, Any] = {CACHE: fresh, "use_cache": True, "is_first_iteration": True}
         if any(padding):
             inputs["attention_mask"] = mask.long().to(self.device)
         if self._takes_logits_to_keep:

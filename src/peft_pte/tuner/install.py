@@ -25,7 +25,7 @@ from ..cache.cache import PTECache
 from ..config import PTEConfig
 from ..eviction.policy import make_policy
 from ..host.attention import give_back, make_watchable
-from ..host.compat import CACHE_METHOD, LOADER_METHOD, MASKS_METHOD
+from ..host.compat import CACHE, CACHE_METHOD, LOADER_METHOD, MASKS_METHOD, cache_in
 from ..method.encoder import CHILD_NAME
 from ..method.layer import without_lora_arguments
 from ..passes.block import unwrap, wrap
@@ -103,7 +103,7 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 
 def _is_step(arguments: dict[str, Any]) -> bool:
     """Whether these are the arguments of a step that :func:`prepare` prepared."""
-    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    mask, cache = arguments.get("attention_mask"), cache_in(arguments)
     fixed = cache.fixed if isinstance(cache, PTECache) else None
     return fixed is not None and fixed.ready and (isinstance(mask, dict) or (mask is not None and mask.ndim == 4))
 
@@ -132,7 +132,7 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             arguments.pop(name, None)
         check_given(said.get("evictions"), adapter)
     if adapter is None:
-        if isinstance(arguments.get("past_key_values"), PTECache):
+        if isinstance(cache_in(arguments), PTECache):
             raise ValueError(NO_ADAPTER)
         return seam.inner(**arguments)
     outer = seam.calls.outer[-1] if seam.calls.outer else None
@@ -142,7 +142,7 @@ def _run_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
     """``prepare_inputs_for_generation``, which ``generate`` calls with all that it has before every forward pass."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     generation = getattr(self, ATTRIBUTE).generation(cache)
     if generation is not None:
         generation.ids = input_ids
@@ -156,7 +156,7 @@ def _prepare_inputs(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any
 
 def _create_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``create_masks_for_generate``, which ``generate`` calls outside of what it compiles."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if isinstance(cache, PTECache) and cache.static:
         seam: Seam = getattr(self, ATTRIBUTE)
         return prepare(seam, cache, kwargs.get("position_ids"), kwargs.get("attention_mask"), kwargs["inputs_embeds"])
@@ -198,7 +198,7 @@ def _note_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _leave_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if _is_step(kwargs):
-        kwargs["past_key_values"].fixed.ready = False
+        cache_in(kwargs).fixed.ready = False
     else:
         _forget_call(model)
 
@@ -218,7 +218,7 @@ def _enter_wrapper(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], kwargs
 @torch.compiler.disable
 def _note_outer(seam: Seam, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = {**inspect.signature(type(wrapper).forward).bind_partial(wrapper, *args).arguments, **kwargs}
-    ids, mask, cache = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+    ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), cache_in(given)
     around = seam.calls.outer[-1] if seam.calls.outer else None
     if isinstance(mask, dict) and around is not None:
         mask = around.mask
@@ -292,11 +292,11 @@ def _prepare_cache(
     if adapter is not None:
         made = False
         refuse_generation(generation_config, bounded=seam.config(adapter).cache_window is not None)
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get(CACHE) is None:
             static = generation_config.cache_implementation == "static"
-            model_kwargs["past_key_values"] = seam.new_cache(adapter, static)
+            model_kwargs[CACHE] = seam.new_cache(adapter, static)
             made = True
-        generation = seam.note_cache(model_kwargs["past_key_values"])
+        generation = seam.note_cache(model_kwargs[CACHE])
         if generation is not None and generation.record:
             beams = generation_mode not in _ROW_BY_ROW
             if beams and generation.asked:
@@ -307,7 +307,7 @@ def _prepare_cache(
             # What goes on from a cache is found by its tokens no more.
             generation.record = generation.asked or (not beams and made)
         if generation is not None and generation.record:
-            model_kwargs["past_key_values"].record()
+            model_kwargs[CACHE].record()
         if generation is not None:
             prefill = _prefill_columns(generation_config, model_kwargs, generation_mode)
             generation.spec = replace(generation.spec, prefill=prefill)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
+from ..host.compat import CACHE
 from ..host.sites import Site, Sites, check_config, keep_unknown_rotation, site_of
 from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
@@ -164,10 +165,10 @@ class PTEModel(BaseTuner):
         if cache.recording:
             fresh.record()
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=fresh, prompt_length=prompt_length
+            input_ids=input_ids, attention_mask=attention_mask, prompt_length=prompt_length, **{CACHE: fresh}
         )
         cache.replace_rows(rows, fresh)
-        output.past_key_values = cache
+        setattr(output, CACHE, cache)
         return output
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
