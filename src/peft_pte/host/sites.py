@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from ..config import PTEConfig
 from ..eviction.policy import EvictionPolicy, make_policy
@@ -107,7 +107,11 @@ def find_sites(model: PreTrainedModel) -> Sites:
             "LoRA for this model."
         ) from error
     # Linear attention and convolutions are called with a cache as well, and keep nothing in it that could be evicted.
-    without = {index for index, layer in enumerate(kept) if not isinstance(layer, CacheLayerMixin)}
+    without = {
+        index
+        for index, layer in enumerate(kept)
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+    }
     found = [attention for attention in _attentions(model) if attention[0] not in without]
     if not found:
         raise NotImplementedError(

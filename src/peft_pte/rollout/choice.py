@@ -142,6 +142,8 @@ class Chooser:
         """For the request ``index`` with the prompt ``ids [1, N]``, which ends at ``longest`` tokens."""
         config, allowed = copy.copy(self.options.config), self.options.allowed
         config.max_length = longest
+        # Each sequence is a request of its own; from transformers 5.24 on a processor expects all of a prompt in one batch.
+        config.num_return_sequences = 1
         if config.min_new_tokens is not None:
             config.min_length = config.min_new_tokens + ids.shape[1]
         return logits_processors(
