@@ -121,6 +121,15 @@ def test_another_version_of_transformers(monkeypatch):
         compat.check()
 
 
+def test_a_version_of_transformers_that_calls_a_cache_something_else(monkeypatch):
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda self, input_ids, memory=None: None)
+    with pytest.raises(
+        NotImplementedError,
+        match="of this transformers version takes no cache by a name that is known, but self, input_ids",
+    ):
+        compat._name_of_cache()
+
+
 def test_a_target_outside_of_the_layers():
     base = make_base("llama")
     base.model.extra = torch.nn.Linear(32, 32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peft_pte import PTECache
+from peft_pte.host.compat import CACHE, FORMER_CACHE
 from tests.cases import TWO_FAMILIES
 from tests.helpers import POLICIES, SMALL, assert_close, make_prompts, make_pte, roll_out, thought_logits
 
@@ -151,6 +152,38 @@ def test_a_reset_cache_knows_nothing_of_its_first_prompt():
     again = model.generate(**prompts, max_new_tokens=20, past_key_values=cache, do_sample=False)
     assert cache.prompt_length == 12
     assert torch.equal(again, model.generate(**prompts, max_new_tokens=20, do_sample=False))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["grows", "static"])
+@pytest.mark.parametrize("name", sorted({CACHE, FORMER_CACHE}))
+def test_a_cache_by_each_name_that_transformers_takes(name, static):
+    model, prompts = make_pte(), make_prompts()
+    host, mask = model.get_base_model(), prompts["attention_mask"]
+    expected = model.generate(**prompts, max_new_tokens=2 * WINDOW, do_sample=False)
+
+    def new():
+        return PTECache(model.config, model.peft_config["default"], static=static)
+
+    assert torch.equal(model.generate(**prompts, max_new_tokens=2 * WINDOW, do_sample=False, **{name: new()}), expected)
+    # By hand: the causal LM, the backbone, and a step that is prepared as `generate` prepares it.
+    called, inner, prepared = new(), new(), new()
+    with torch.no_grad():
+        for column in range(prompts["input_ids"].shape[1], expected.shape[1]):
+            ids = prompts["input_ids"] if called.get_seq_length() == 0 else expected[:, column - 1 : column]
+            logits = model(input_ids=ids, attention_mask=mask, **{name: called}).logits[:, -1]
+            assert torch.equal(logits.argmax(dim=-1), expected[:, column])
+            hidden = host.model(input_ids=ids, attention_mask=mask, **{name: inner}).last_hidden_state[:, -1]
+            assert_close(host.lm_head(hidden), logits)
+            inputs = host.prepare_inputs_for_generation(ids, attention_mask=mask, **{name: prepared})
+            inputs[name] = inputs.pop(CACHE)
+            assert_close(host(**inputs, use_cache=True).logits[:, -1], logits)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    assert called.evictions == inner.evictions == prepared.evictions > 2
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="`past_key_values` is a PTECache, but no PTE adapter is active"),
+    ):
+        model(input_ids=ids, **{name: called})
 
 
 def test_an_assistant_with_a_cache_of_the_users_own():

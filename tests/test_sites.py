@@ -56,6 +56,14 @@ def test_what_is_removed_makes_keys_equal_at_all_positions(name):
     assert turned
 
 
+@pytest.mark.parametrize("name", ["jamba", "qwen3_next", "lfm2"])
+def test_what_takes_a_cache_and_keeps_no_keys_in_it_is_no_attention(name):
+    # From transformers 5.24 on mixers and convolutions are called with a cache by the same name as attention.
+    found = find_sites(tiny_model(name)).by_index.values()
+    assert {site.evicts for site in found} == {True, False}
+    assert all((site.attention_name == site.block) != site.evicts for site in found)
+
+
 @pytest.mark.parametrize("name", sorted(set(MODELS) - set(UNROTATED) - {"deepseek_v3"}))
 def test_structure_tells_the_same_where_there_are_no_numbers(name):
     model = make_base(name)

@@ -37,61 +37,61 @@ def _name_of_cache() -> str:
 
 CACHE = _name_of_cache()
 
-# What decoder layers call the cache they are given (5.17 to 5.24).
+# What decoder layers call the cache they are given: most what models call it (5.17 to 5.24).
 CACHE_NAMES = (CACHE, "layer_past")
 
-# Where attention layers keep the number of their layer of the cache (5.17 to 5.23).
+# Where attention layers keep the number of their layer of the cache (5.17 to 5.24).
 LAYER_NUMBERS = ("layer_idx", "layer_id")
 
-# Models whose positions come from the attention mask, without a field of the config that says so (5.17 to 5.23).
+# Models whose positions come from the attention mask, without a field of the config that says so (5.17 to 5.24).
 POSITIONS_FROM_MASK = ("bloom", "mpt", "cpmant")
 
-# What says on an attention layer whether it rotates (5.17 to 5.23).
+# What says on an attention layer whether it rotates (5.17 to 5.24).
 ROTATES = "use_rope"
 
-# Models whose own masks let blocks of tokens see each other, and read the cache for it (5.23).
+# Models whose own masks let blocks of tokens see each other, and read the cache for it (5.23 to 5.24).
 BLOCKS_IN_MASKS = ("git",)
 
-# Where a model looks up what computes its attention, what it is called in its config, and what it takes by default (5.17 to 5.23).
+# Where a model looks up what computes its attention, what it is called in its config, and what it takes by default (5.17 to 5.24).
 ATTENTION_TABLE = "ALL_ATTENTION_FUNCTIONS"
 ATTENTION_NAME = "_attn_implementation"
 EAGER_ATTENTION = "eager_attention_forward"
 
-# What says on an attention layer that it caches something smaller than its keys and values (5.17 to 5.23).
+# What says on an attention layer that it caches something smaller than its keys and values (5.17 to 5.24).
 LATENT = "kv_lora_rank"
 
-# What makes GPT-2 attend without looking anything up (5.17 to 5.23).
+# What makes GPT-2 attend without looking anything up (5.17 to 5.24).
 UPCAST_ATTENTION = "reorder_and_upcast_attn"
 
-# Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.23).
+# Rotations that depend on the length of the call: a rollout and its replay would rotate differently (5.17 to 5.24).
 LENGTH_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
 
-# Inputs of a decoder layer with a token axis, and which one it is, counted from the last: where they cannot be tried out (5.17 to 5.23).
+# Inputs of a decoder layer with a token axis, and which one it is, counted from the last: where they cannot be tried out (5.17 to 5.24).
 PER_TOKEN = {"hidden_states": -2, "position_ids": -1, "position_embeddings": -2, "cache_position": -1}
 
-# Inputs of a backbone with a column for each token (5.17 to 5.23).
+# Inputs of a backbone with a column for each token (5.17 to 5.24).
 COLUMNS = ("input_ids", "inputs_embeds", "token_type_ids", "per_layer_inputs")
 
-# What some hosts hand on to a backbone that needs none of it: its output is cut and compared outside (5.17 to 5.23).
+# What some hosts hand on to a backbone that needs none of it: its output is cut and compared outside (5.17 to 5.24).
 UNUSED = ("logits_to_keep", "labels", "shift_labels")
 
-# What decoder layers that share keys and values hand them on in, by the kind of layer (5.23).
+# What decoder layers that share keys and values hand them on in, by the kind of layer (5.23 to 5.24).
 SHARED_STATES = "shared_kv_states"
 
-# What full attention is called where masks go by the kind of layer (5.17 to 5.23).
+# What full attention is called where masks go by the kind of layer (5.17 to 5.24).
 FULL_ATTENTION = "full_attention"
 
 # Where accelerate keeps the forward that its hook calls, and gives back when the hook goes (accelerate 1.15).
 HOOKED_FORWARD = "_old_forward"
 
-# Where `generate` makes its cache (5.17 to 5.23), and its masks, outside of what it compiles.
+# Where `generate` makes its cache (5.17 to 5.24), and its masks, outside of what it compiles.
 CACHE_METHOD = "_prepare_cache_for_generation"
 MASKS_METHOD = "create_masks_for_generate"
 
-# What an adapter's weights are loaded with by transformers itself (5.23); :mod:`peft_pte.tuner.checkpoints` watches it on the instance.
+# What an adapter's weights are loaded with by transformers itself (5.23 to 5.24); :mod:`peft_pte.tuner.checkpoints` watches it on the instance.
 LOADER_METHOD = "_load_pretrained_model"
 
-# What `generate` makes of its options (5.17 to 5.23).
+# What `generate` makes of its options (5.17 to 5.24).
 GENERATION_METHODS = (
     "_prepare_generation_config",
     "_prepare_special_tokens",
@@ -101,7 +101,7 @@ GENERATION_METHODS = (
     "_optimize_model_for_decode",
 )
 
-# Processors that look at the scores of a row alone, so at those of many rows as well as at those of one (5.17 to 5.23).
+# Processors that look at the scores of a row alone, so at those of many rows as well as at those of one (5.17 to 5.24).
 OF_SCORES_ALONE = (
     logits_process.TemperatureLogitsWarper,
     logits_process.TopHLogitsWarper,
@@ -175,18 +175,18 @@ def optimized_for_decoding(model: Any) -> AbstractContextManager[None]:
 
 
 def counts_its_cache(config: Any) -> bool:
-    """Whether attention layers mask by the columns of their cache, whatever mask they get (local attention of GPT-Neo, 5.17 to 5.23)."""
+    """Whether attention layers mask by the columns of their cache, whatever mask they get (local attention of GPT-Neo, 5.17 to 5.24)."""
     return "local" in (getattr(config, "attention_layers", None) or ())
 
 
 def sharing_of(config: Any, index: int) -> str | None:
-    """Whether a layer's keys and values are read by later layers, ``"store"``, or it reads those of one, ``"reuse"`` (5.23)."""
+    """Whether a layer's keys and values are read by later layers, ``"store"``, or it reads those of one, ``"reuse"`` (5.23 to 5.24)."""
     modes = getattr(config, "kv_sharing_modes", None)
     return None if modes is None else modes[index]
 
 
 def attention_of(config: Any) -> str:
-    """Which attention a model runs, ``"eager"``, ``"sdpa"``, ... (`_attn_implementation`, 5.17 to 5.23)."""
+    """Which attention a model runs, ``"eager"``, ``"sdpa"``, ... (`_attn_implementation`, 5.17 to 5.24)."""
     return str(config._attn_implementation)
 
 

@@ -124,7 +124,7 @@ def _load(
     load_config: Any,
     expected_keys: list[str] | None = None,
 ) -> Any:
-    """``_load_pretrained_model`` of transformers 5.17 to 5.23, for one adapter; all of it, or the model as it was before."""
+    """``_load_pretrained_model`` of transformers 5.17 to 5.24, for one adapter; all of it, or the model as it was before."""
     model.__dict__.pop(LOADER_METHOD, None)
     load = functools.partial(getattr(type(model), LOADER_METHOD), model, expected_keys=expected_keys)
     if next(reversed(model.peft_config)) != adapter_name:
