@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..config import PTEConfig
 from ..eviction.policy import EvictionPolicy, make_policy
@@ -100,19 +100,16 @@ def find_sites(model: PreTrainedModel) -> Sites:
     _refuse_architecture(model, config)
     layer_types = getattr(config, "layer_types", None) or ()
     try:
-        kept = DynamicCache(config=config).layers
+        cache = DynamicCache(config=config)
     except (AttributeError, KeyError, ValueError) as error:
         raise NotImplementedError(
             f"transformers makes no DynamicCache for {type(config).__name__} ({type(error).__name__}: {error}), whose layers PTE bounds. Use "
             "LoRA for this model."
         ) from error
+    kept = cache.layers
     # Linear attention and convolutions are called with a cache as well, and keep nothing in it that could be evicted.
-    without = {
-        index
-        for index, layer in enumerate(kept)
-        if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
-    }
-    found = [attention for attention in _attentions(model) if attention[0] not in without]
+    linear = {index for index, linear in enumerate(cache.is_linear) if linear}
+    found = [attention for attention in _attentions(model) if attention[0] not in linear]
     if not found:
         raise NotImplementedError(
             f"{type(model).__name__} has no decoder layer that keeps keys and values of its tokens in a cache of transformers, so there "
