@@ -174,7 +174,10 @@ def test_a_cache_by_each_name_that_transformers_takes(name, static):
             assert torch.equal(logits.argmax(dim=-1), expected[:, column])
             hidden = host.model(input_ids=ids, attention_mask=mask, **{name: inner}).last_hidden_state[:, -1]
             assert_close(host.lm_head(hidden), logits)
-            inputs = host.prepare_inputs_for_generation(ids, attention_mask=mask, **{name: prepared})
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            inputs = host.prepare_inputs_for_generation(
+                ids, attention_mask=mask, position_ids=positions, **{name: prepared}
+            )
             inputs[name] = inputs.pop(CACHE)
             assert_close(host(**inputs, use_cache=True).logits[:, -1], logits)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
