@@ -75,16 +75,16 @@ MICRO_BATCH = 8
 SEGMENT, SEGMENTS = 256, 8
 
 
-def write(generator: random.Random) -> tuple[str, list[tuple[int, int, int]]]:
+def write(generator: random.Random, count: int = NOTES) -> tuple[str, list[tuple[int, int, int]]]:
     """A text, and of each town and number that is asked for: where it stands the second time (from, to) and the first, in characters."""
-    people = generator.sample(NAMES, NOTES)
+    people = generator.sample(NAMES, count)
     notes = {who: f"- {who} from {generator.choice(TOWNS)} has number {generator.randint(10, 99)}.\n" for who in people}
     text, stated = HEAD, {}
     for who in people:
         stated[who] = len(text)
         text += notes[who]
     text, asked = text + AGAIN, []
-    for who in generator.sample(people, NOTES):
+    for who in generator.sample(people, count):
         line = notes[who]
         town, number = line.split(" from ")[1].split(" ")[0], line.split(" ")[-1].strip(".\n")
         for value in (town, number):
@@ -95,9 +95,10 @@ def write(generator: random.Random) -> tuple[str, list[tuple[int, int, int]]]:
 
 
 class Notes(Task):
-    """Fourteen notes, twice."""
+    """Notes, twice."""
 
     name = "notes"
+    notes = NOTES
     window, windows, probe = 128, (128, 192, 256, None), (96, 128, 256, None)
     prompt_end = 4
     batch, micro_batch, given = 2, 2, True
@@ -119,7 +120,7 @@ class Notes(Task):
 
     def _texts(self, count: int, generator: torch.Generator) -> list[tuple[str, list[tuple[int, int, int]]]]:
         draws = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
-        return [write(draws) for _ in range(count)]
+        return [write(draws, self.notes) for _ in range(count)]
 
     def _encode(
         self, count: int, generator: torch.Generator
@@ -199,3 +200,14 @@ class Notes(Task):
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
             )
         return float(torch.cat(losses).mean().exp())
+
+
+class FewNotes(Notes):
+    """Three notes, twice, under a window of 24: texts that are short enough for many of them to be read on a CPU."""
+
+    name = "few-notes"
+    notes = 3
+    window, windows, probe = 24, (24, 32, 48, None), (18, 24, 48, None)
+    batch, micro_batch = 8, 8
+    count, probed = 128, 32
+    save_every = 40
