@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -17,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_pte import PTECache, PTEConfig
+from peft_pte.host.compat import CHECKPOINTED
 from peft_pte.passes.block import Pass
 from tests.cases import TWO_FAMILIES
 from tests.helpers import SMALL, assert_close, gradients, make_prompts, make_pte, roll_out, thought_logits, trainable
@@ -99,6 +101,7 @@ def test_checkpoints_that_others_put_around_layers(impl, use_cache):
     model, batch, logits = make_case()
     model.train().enable_input_require_grads()
     expected, loss = gradients(model, {**batch, "use_cache": use_cache})
+    saved = {name: part.clone() for name, part in get_peft_model_state_dict(model).items()}
     wrapper = partial(checkpoint_wrapper, checkpoint_impl=impl)
     apply_activation_checkpointing(
         model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: isinstance(module, LlamaDecoderLayer)
@@ -107,12 +110,16 @@ def test_checkpoints_that_others_put_around_layers(impl, use_cache):
     output = model(**batch, use_cache=use_cache)
     output.loss.backward()
     assert_close(output.loss.detach(), loss)
-    actual = {name.replace("_checkpoint_wrapped_module.", ""): part.grad for name, part in trainable(model).items()}
+    actual = {name.replace(CHECKPOINTED, ""): part.grad for name, part in trainable(model).items()}
     largest = max(part.abs().max() for part in expected.values())
     for name, part in expected.items():
         assert_close(actual[name] / largest, part / largest, scale=5)
     model.eval()
     assert_close(roll_out(model, make_prompts(), 4 * WINDOW).logits, logits)
+    set_peft_model_state_dict(model, {name: 2 * part for name, part in saved.items()})
+    loaded = get_peft_model_state_dict(model)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(part, 2 * saved[name]) for name, part in loaded.items())
 
 
 def test_threads_do_not_disturb_each_other():

@@ -85,3 +85,8 @@ def checked(function: F) -> F:
         return output
 
     return cast(F, call)
+
+
+def whole_shape(weight: Tensor) -> tuple[int, ...]:
+    """That of a weight of which DeepSpeed may have left an empty tensor here."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))

@@ -81,6 +81,9 @@ SHARED_STATES = "shared_kv_states"
 # What full attention is called where masks go by the kind of layer (5.17 to 5.24).
 FULL_ATTENTION = "full_attention"
 
+# What torch puts into the names of modules where it wraps a checkpoint around them, and leaves out of state dicts (torch 2.13).
+CHECKPOINTED = "_checkpoint_wrapped_module."
+
 # Where accelerate keeps the forward that its hook calls, and gives back when the hook goes (accelerate 1.15).
 HOOKED_FORWARD = "_old_forward"
 

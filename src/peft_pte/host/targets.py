@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..config import PTEConfig
 from ..method.layer import is_linear
+from ..shapes import whole_shape
 from .sites import Sites, site_of
 
 # Classes of linear layers that choose experts instead of computing features.
@@ -51,14 +53,15 @@ def left_out(model: nn.Module, sites: Sites) -> dict[str, LeftOut]:
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0].removesuffix(".base_layer")
         site = site_of(sites, owner)
-        if site is None or parameter.ndim < 2 or ".pte_" in name:
+        shape = whole_shape(parameter)
+        if site is None or len(shape) < 2 or ".pte_" in name:
             continue
         module = linears.get(owner)
-        reason = why_not(model, owner, module, sites) if module is not None else _NO_LINEAR[parameter.ndim > 2]
+        reason = why_not(model, owner, module, sites) if module is not None else _NO_LINEAR[len(shape) > 2]
         if reason is not None:
             short = re.sub(r"\.\d+\.", ".N.", name[len(site.block) + 1 :].replace(".base_layer", ""))
             before = found[short].parameters if short in found else 0
-            found[short] = LeftOut(before + parameter.numel(), reason)
+            found[short] = LeftOut(before + math.prod(shape), reason)
     return found
 
 

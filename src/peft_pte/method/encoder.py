@@ -137,12 +137,23 @@ class PTEEncoder(nn.Module, PTELayer):
 
     @checked
     def initial_state(self, adapter_name: str) -> InitialState:
-        """``S0 [Q, R]``: what every sequence starts with (paper section 3.2; the identity for ``"off"``)."""
+        """``S0 [Q, R]``: what every sequence starts with (paper section 3.2; the identity for ``"off"``).
+
+        Raises:
+            RuntimeError: DeepSpeed holds a part of the weights, and has not fetched the rest.
+        """
         settings = self.settings[adapter_name]
         if settings.state_update == "off":
             weight = self.beside
             return torch.eye(settings.num_queries, settings.rank, dtype=float_dtype(weight), device=weight.device)
         tokens = weight_of(self.pte_global_tokens[adapter_name])
+        if tokens.ndim < 2:
+            # What DeepSpeed leaves in place of a weight.
+            raise RuntimeError(
+                f"The weights of adapter {adapter_name!r} are partitioned (ZeRO-3), and DeepSpeed fetches them for a forward pass "
+                "of its engine alone. Keep TRL's ds3_gather_for_generation=True, or generate within "
+                "deepspeed.zero.GatheredParameters(model.parameters())."
+            )
         empty = tokens.new_zeros(1, settings.num_queries, settings.rank, dtype=float_dtype(tokens))
         keys, values = tokens[..., : self.key_width], tokens[..., : self.value_width]
         start = self._encode(adapter_name, empty, keys[None, None], values[None, None], None)[0, 0]

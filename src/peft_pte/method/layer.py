@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import PTEConfig
 from ..ops import delta, for_tokens, resolve_impl
 from ..ops.delta import TokenOps
+from ..shapes import whole_shape
 from .state import Reading, bound, read_state
 
 MERGE_REFUSED = (
@@ -289,7 +290,7 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
-        inner, outer = module.weight.shape
+        inner, outer = whole_shape(module.weight)
         return inner, outer
     raise TypeError(
         f"`target_modules` must name nn.Linear or transformers' Conv1D layers, got {type(module).__name__}. Leave it out "

@@ -49,6 +49,8 @@ class Work:
     """Rows that end in it, and are to be kept; ``None``: none."""
     mask_of_heads: Callable[[RaggedLayer], Any] | None
     """The mask of a layer whose heads hold different numbers of thoughts."""
+    surplus: bool = False
+    """Whether the eviction is of other processes alone, with which the weights of the encoder are shared."""
 
 
 @dataclass
@@ -255,7 +257,7 @@ def _chunk(this: Pass, number: int, layer: _Layer, held: PTECache, arguments: di
     if work.departing is None:
         content.drop(chunk.drop)
     else:
-        if this.detach:
+        if this.detach and not work.surplus:
             content.map(Tensor.detach)
         evicted = content.evict(
             held.tokens_per_eviction, chunk.evictions * held.tokens_per_eviction, chunk.drop, work.departing

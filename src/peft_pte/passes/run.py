@@ -141,7 +141,8 @@ def _run_passes(
     cache = call.cache if call.cache is not None else seam.new_cache(adapter)
     config, seen = seam.config(adapter), call.seen
     rows = None if cache.window is None else cache.rows_for(call.shape[0], call.device)
-    layout = _lay_out(seam, adapter, call, cache, ends, generation)
+    sharded = call.cache is None and seam.sharded()
+    layout = _lay_out(seam, adapter, call, cache, ends, generation, sharded)
     past = call.mask[:, :seen] if rows is None and call.mask is not None else None if rows is None else rows.past
     positions = layout.pack(positions_of(seam, call, generation))
     turn, counts = None, Counts(0, 0, 0, layout.columns, 0)
@@ -151,7 +152,8 @@ def _run_passes(
         if cache.shared is not None and config.impl != "reference":
             cache.shared.devices = tuple(seam.layer_devices)
         window = cache.unroll()
-        turn = Turn(rows.clocks, layout.thoughts, layout.offsets, layout.columns - layout.prompt, call.device)
+        columns = layout.columns - layout.prompt
+        turn = Turn(rows.clocks, layout.thoughts, layout.offsets, columns, call.device, sharded)
         counts = turn.counts(rows.prompt, layout.prompt, window)
         if ends is not None:
             rows.begin(layout.prompt, None if layout.mask is None else layout.mask[:, : layout.prompt])
@@ -227,7 +229,13 @@ def _run_passes(
 
 
 def _lay_out(
-    seam: Seam, adapter: str, call: Call, cache: PTECache, ends: PromptEnds | None, generation: Generation | None
+    seam: Seam,
+    adapter: str,
+    call: Call,
+    cache: PTECache,
+    ends: PromptEnds | None,
+    generation: Generation | None,
+    sharded: bool,
 ) -> Layout:
     """Rows side by side, prompts ending in one column.
 
@@ -244,7 +252,7 @@ def _lay_out(
     first = (
         torch.zeros(batch, dtype=torch.long, device=call.device) if ends is None or ends.first is None else ends.first
     )
-    agree = partial(_widest, call.device) if call.cache is None and seam.sharded() else None
+    agree = partial(_widest, call.device) if sharded else None
     by_column = seam.counts_columns or not cache.bounds_all
     if call.cache is not None and by_column:
         agree = partial(_as_wide, width)
@@ -336,8 +344,9 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
             mask = run.masks.in_step(chunk, rows.prompt_mask, batch, device)
         else:
             mask = run.masks.by_row(chunk, rows.prompt_mask, turn.written(chunk), turn.late(chunk))
-        departing = None
+        departing, surplus = None, False
         if turn.evicts(chunk):
+            surplus = chunk.evictions == 1 and not turn.loses_any(chunk)
             due = turn.due(chunk)
             valid = None if due is None else due.repeat_interleave(turn.clocks.step, dim=1)[:, None]
             choice = None
@@ -363,7 +372,7 @@ def _work(run: _Run, turn: Turn, rows: Rows, plan: Plan, cache: PTECache, positi
         of_heads = None
         if cache.spare:
             of_heads = partial(run.masks.of_heads, chunk, rows.prompt_mask, turn.written(chunk), turn.late(chunk))
-        work.append(Work(chunk, mask, departing, thoughts, realigned, ending, of_heads))
+        work.append(Work(chunk, mask, departing, thoughts, realigned, ending, of_heads, surplus))
     cache.column_positions = held
     return tuple(work)
 

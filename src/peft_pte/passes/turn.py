@@ -27,6 +27,8 @@ class Turn:
     columns: int
     """Columns of thoughts."""
     device: torch.device
+    sharded: bool = False
+    """Whether other processes run the same chunks on the same weights, and each is waited for wherever an encoder runs."""
 
     @cached_property
     def in_step(self) -> bool:
@@ -63,8 +65,12 @@ class Turn:
         return (self._late - chunk.thought).clamp(min=0)
 
     def evicts(self, chunk: Chunk) -> bool:
-        """Whether any row is due in ``chunk``: one that starts late may have been before."""
-        return chunk.evictions > 1 or (chunk.evictions == 1 and any(self._due(chunk.thought)))
+        """Whether any row may be due in ``chunk``, here or in another process: one that starts late may have been before."""
+        return chunk.evictions > 1 or (chunk.evictions == 1 and (self.sharded or self.loses_any(chunk)))
+
+    def loses_any(self, chunk: Chunk) -> bool:
+        """Whether any row is due at the first eviction of ``chunk``."""
+        return any(self._due(chunk.thought))
 
     def _due(self, thought: int) -> list[bool]:
         rows = enumerate(zip(self.offsets, self.thoughts, strict=True))

@@ -28,6 +28,7 @@ from ..host.compat import LOADER_METHOD
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import PTELayer, PTELinear
 from ..seam import Seam
+from ..shapes import whole_shape
 from .install import remove
 
 _SHOWN = 3
@@ -62,9 +63,9 @@ def check_adapter_state_dict(model: nn.Module, adapter_name: str, state_dict: di
     own = {name for name in found if of_adapter.search(name)} | _embeddings(model, held)
     _refuse("belongs to the base model", found.keys() - own, "A file of an adapter holds its own tensors alone")
     shapes = [
-        f"{name} (file {tuple(tensor.shape)}, model {_shape(held[name])})"
+        f"{name} (file {tuple(tensor.shape)}, model {whole_shape(held[name])})"
         for name, tensor in found.items()
-        if tuple(tensor.shape) != _shape(held[name])
+        if tuple(tensor.shape) != whole_shape(held[name])
     ]
     _refuse("has another shape", shapes, "The adapter was made for a base model of other widths, or another rank")
     broken = [name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())]
@@ -76,11 +77,6 @@ def _embeddings(model: nn.Module, held: dict[str, Tensor]) -> set[str]:
     modules = [module for getter in getters if getter is not None and (module := getter()) is not None]
     weights = {id(weight) for module in modules for weight in module.parameters()}
     return {name for name, tensor in held.items() if id(tensor) in weights}
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    # DeepSpeed leaves an empty tensor in place of a parameter that it partitions.
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _refuse(what: str, names: Iterable[str], why: str) -> None:

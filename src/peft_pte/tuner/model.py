@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -15,17 +16,33 @@ from transformers import PreTrainedModel
 
 from ..cache.cache import PTECache
 from ..config import PTEConfig
-from ..host.compat import CACHE
+from ..host.compat import CACHE, CHECKPOINTED
 from ..host.sites import Site, Sites, check_config, keep_unknown_rotation, site_of
 from ..host.targets import LeftOut, default_targets, left_out, why_not
 from ..method.encoder import CHILD_NAME, PTEEncoder
 from ..method.layer import MERGE_REFUSED, PTELayer, PTELinear, is_linear, linear_features, refuse_lora_arguments
 from ..seam import Seam, refuse_other_methods
+from ..shapes import whole_shape
 from .checkpoints import check_adapter_state_dict, unwrap, watch
 from .install import install, remove, watch_queries
 from .report import Report, report
 
 MODEL_TAGS = ("peft-pte", "progressive-thought-encoding")
+
+
+class _NamedAsSaved:
+    """A model whose modules are called as in its state dict.
+
+    peft takes the names of modules for those of weights: it would save nothing of a layer in a checkpoint that others put around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state_dict = model.state_dict
+        self._model = model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._model.named_modules():
+            yield name.replace(CHECKPOINTED, ""), module
 
 
 class _Built:
@@ -224,7 +241,7 @@ class PTEModel(BaseTuner):
         if not found:
             return
         inside = (
-            parameter.numel()
+            math.prod(whole_shape(parameter))
             for name, parameter in self.model.named_parameters()
             if site_of(seam.found, name) and ".pte_" not in name
         )
@@ -370,6 +387,18 @@ class PTEModel(BaseTuner):
         return model
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PTEConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        named = cast(nn.Module, _NamedAsSaved(model))
+        return super()._get_adapter_state_dict(named, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # Checkpoints know encoders as part of their attention layer.
         return super()._remove_adapter_name_from_key(key, adapter_name).replace(f".{CHILD_NAME}.", ".")
@@ -378,6 +407,7 @@ class PTEModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PTEConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        named = cast(nn.Module, _NamedAsSaved(model))
+        remapped = super()._remap_adapter_state_dict_for_load(named, config, adapter_name, state_dict)
         check_adapter_state_dict(model, adapter_name, remapped, cls.prefix)
         return remapped
