@@ -1,4 +1,4 @@
-"""FSDP2 over two processes on the CPU (gloo), sharded by accelerate's own code; accelerate itself shards on GPUs only."""
+"""FSDP2 over two processes on the CPU (gloo), sharded by accelerate's own code; through trainers: test_processes.py."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO over two processes on the CPU (gloo), by its own engine; accelerate starts it on GPUs only."""
+"""DeepSpeed's ZeRO over two processes on the CPU (gloo), by its own engine; through trainers: test_processes.py."""
 
 import os
 import socket
