@@ -9,11 +9,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import peft
 import pytest
 import transformers
-from packaging.version import Version
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 transformers.logging.set_verbosity_error()
 # Tests run side by side and their models are tiny: threads would only get in each other's way.
@@ -23,17 +20,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Skip what needs transformers' own adapter methods where those ask for a newer peft; the assertion is of a test that expects another error."""
-    try:
-        return (yield)
-    except (ValueError, AssertionError) as error:
-        if Version(MIN_PEFT_VERSION) > Version(peft.__version__) and "The version of PEFT you are using" in str(error):
-            pytest.skip(f"transformers {transformers.__version__} itself wants peft {MIN_PEFT_VERSION} for this")
-        raise
 
 
 def pytest_collection_modifyitems(items):
