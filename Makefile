@@ -32,7 +32,7 @@ test: install
 test-quantized: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quantized]'
 	$(BIN)/python -m pytest tests/integrations/test_quantized.py
-	$(BIN)/pip uninstall --quiet --yes bitsandbytes torchao
+	$(BIN)/pip uninstall --quiet --yes bitsandbytes torchao optimum-quanto ninja
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

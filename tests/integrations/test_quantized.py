@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_pte import PTEConfig, convert_lora
@@ -18,6 +18,7 @@ from tests.integrations.common import make_tokenizer, pte_config
 from tests.integrations.trainers import make_chat_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'peft-pte[quantized]'")
+pytest.importorskip("optimum.quanto", reason="needs quanto: pip install 'peft-pte[quantized]'")
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'peft-pte[quantized]'")
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -31,8 +32,10 @@ HOW = {
     "bitsandbytes-int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "torchao-int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao-int8-activations": lambda: TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig()),
+    "quanto-int8": lambda: QuantoConfig(weights="int8"),
+    "quanto-int4": lambda: QuantoConfig(weights="int4"),
 }
-EXACT = ("torchao-int8",)
+EXACT = ("torchao-int8", "quanto-int8", "quanto-int4")
 """Weights alone are rounded. Elsewhere activations are too (bitsandbytes' kernel for 4 bits on a CPU takes them in bfloat16), so that numbers that
 differ in the last digit can end a step apart."""
 STEP = 0.5
