@@ -584,7 +584,9 @@ def test_what_peft_sets_stays_free(live):
     adapted = live.peft_config["default"]
     for name in ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"):
         before = getattr(adapted, name)
-        setattr(adapted, name, "CAUSAL_LM" if name == "task_type" else "x")
+        changed = "CAUSAL_LM" if name == "task_type" else "x"
+        setattr(adapted, name, changed)
+        assert getattr(adapted, name) == changed
         setattr(adapted, name, before)
 
 
