@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache.cache import PTECache
 from ..cache.rows import Rows
-from ..host.compat import CACHE, COLUMNS, FORMER_CACHE, FULL_ATTENTION, UNUSED, cache_in
+from ..host.compat import CACHE, COLUMNS, FORMER_CACHE, FULL_ATTENTION, UNUSED
 from ..seam import Generation, OuterCall, Seam
 from .boundary import Columns
 from .layout import Layout
@@ -96,9 +96,8 @@ def sort_arguments(seam: Seam, arguments: dict[str, Any], outer: OuterCall | Non
     if ("input_ids" in tokens) == ("inputs_embeds" in tokens):
         raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
     batch, columns = next(iter(tokens.values())).shape[:2]
-    cache = cache_in(rest)
-    for name in (CACHE, FORMER_CACHE):
-        rest.pop(name, None)
+    former = rest.pop(FORMER_CACHE, None)
+    cache = rest.pop(CACHE, former)
     mask, masks = rest.pop("attention_mask", None), None
     if outer is not None and isinstance(mask, dict):
         mask, masks = outer.mask, mask

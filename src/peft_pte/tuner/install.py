@@ -25,7 +25,7 @@ from ..cache.cache import PTECache
 from ..config import PTEConfig
 from ..eviction.policy import make_policy
 from ..host.attention import give_back, make_watchable
-from ..host.compat import CACHE, CACHE_METHOD, LOADER_METHOD, MASKS_METHOD, cache_in
+from ..host.compat import CACHE, CACHE_METHOD, FORMER_CACHE, LOADER_METHOD, MASKS_METHOD, cache_in
 from ..method.encoder import CHILD_NAME
 from ..method.layer import without_lora_arguments
 from ..passes.block import unwrap, wrap
@@ -103,7 +103,8 @@ def _bound(function: Callable[..., Any], module: nn.Module, original: Callable[.
 
 def _is_step(arguments: dict[str, Any]) -> bool:
     """Whether these are the arguments of a step that :func:`prepare` prepared."""
-    mask, cache = arguments.get("attention_mask"), cache_in(arguments)
+    # As `cache_in`, which would be a call more each of the times that a token asks.
+    mask, cache = arguments.get("attention_mask"), arguments.get(CACHE, arguments.get(FORMER_CACHE))
     fixed = cache.fixed if isinstance(cache, PTECache) else None
     return fixed is not None and fixed.ready and (isinstance(mask, dict) or (mask is not None and mask.ndim == 4))
 
