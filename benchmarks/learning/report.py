@@ -23,6 +23,7 @@ COLUMNS = {
     "running": "running state",
 }
 """Of facts, by distance."""
+NOTES = ("notes", "few-notes")
 K = 8
 """Of pass@k."""
 
@@ -143,19 +144,22 @@ def methods(groups: list[list[Record]]) -> list[str]:
         cells.append(percent(run["swapped_evictions"]["evicted"] for run in part if "swapped_evictions" in run))
         if task == "memory":
             cells.append(percent(row["running"] for row in found))
-        elif task == "notes":
+        elif task in NOTES:
             kl = zip(*(row["kl_by_windows"] for row in found), strict=True)
             cells += [
                 ", ".join(f"{mean(values):.3f}" for values in kl),
                 f"{mean(row['perplexity'] for row in found):.2f}",
             ]
         rows.append(cells)
-    extra = {"memory": ["running state"], "notes": ["KL by windows, nats", "perplexity"]}.get(task, [])
-    first = {"memory": "beyond relay", "notes": "out of the window"}.get(task, "all answers")
+    extra, first = [], "all answers"
+    if task == "memory":
+        extra, first = ["running state"], "beyond relay"
+    elif task in NOTES:
+        extra, first = ["KL by windows, nats", "perplexity"], "out of the window"
     bases = {run["base_seed"]: run["base_full_cache"] for part in groups for run in part}.values()
     full = percent(whole(row) for row in bases)
     title = f"**{task.capitalize()}: right at the trained window, %.** The base model with its full cache: {full}."
-    title += f" Its perplexity: {next(iter(bases))['perplexity']:.2f}." if task == "notes" else ""
+    title += f" Its perplexity: {next(iter(bases))['perplexity']:.2f}." if task in NOTES else ""
     header = ["arm", "recipe", "seeds", first, "in the window", "evicted", "evicted, another's state", *extra]
     return titled(title, header, rows)
 
