@@ -72,7 +72,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.adapter)
     asked = [json.loads(line)["prompt"] for line in options.prompts.read_text(encoding="utf-8").splitlines()]
     ids = [
-        tokenizer(prompt)["input_ids"]
+        # A rendered template holds its special tokens.
+        tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if isinstance(prompt, str)
         else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         for prompt in asked

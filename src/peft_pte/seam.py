@@ -17,6 +17,7 @@ from peft import PeftConfig
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
+from ._peft_type import PTE
 from .cache.cache import PTECache, fingerprint
 from .cache.rows import Rows
 from .config import PTEConfig
@@ -375,7 +376,7 @@ def refuse_other_methods(configs: Mapping[str, PeftConfig]) -> None:
     Raises:
         ValueError: There are some.
     """
-    others = {name: config.peft_type for name, config in configs.items() if config.peft_type != "PTE"}
+    others = {name: config.peft_type for name, config in configs.items() if config.peft_type != PTE}
     if others:
         named = ", ".join(f"{name!r} ({getattr(kind, 'value', kind)})" for name, kind in others.items())
         raise ValueError(

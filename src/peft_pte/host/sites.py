@@ -108,7 +108,7 @@ def find_sites(model: PreTrainedModel) -> Sites:
         ) from error
     kept = cache.layers
     # Linear attention and convolutions are called with a cache as well, and keep nothing in it that could be evicted.
-    linear = {index for index, linear in enumerate(cache.is_linear) if linear}
+    linear = {index for index, is_linear in enumerate(cache.is_linear) if is_linear}
     found = [attention for attention in _attentions(model) if attention[0] not in linear]
     if not found:
         raise NotImplementedError(
